@@ -1,0 +1,56 @@
+"""The exceptions of hf_prune.
+
+Every one of them is raised before a weight changes, unless its message says otherwise.
+
+PruningError
+├── UnsupportedModelError (TypeError)   the model can't be pruned as it is: family unknown, PEFT, quantised, offloaded, meta
+├── ConfigError (ValueError)            an option is out of range, unknown, or matches nothing
+│   └── InfeasibleBudgetError           the budget lies below what the units in play can reach
+├── MaskError (ValueError)              a mask is malformed or belongs to another model
+├── CalibrationError (ValueError)       the data are empty, too small, all padding, or give NaN or Inf
+├── LayoutError (ValueError)            the recorded shapes of a checkpoint are malformed or don't fit its model
+└── SaveError (OSError)                 a checkpoint could not be written, or did not reload to the same function
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class PruningError(Exception):
+    """Base of all errors that hf_prune raises on purpose."""
+
+
+class UnsupportedModelError(PruningError, TypeError):
+    """The model can't be pruned as it is."""
+
+
+class ConfigError(PruningError, ValueError):
+    """An option is out of range, unknown, or matches nothing."""
+
+
+class InfeasibleBudgetError(ConfigError):
+    """The budget lies below what the units in play can reach; the message names the nearest feasible value."""
+
+
+class MaskError(PruningError, ValueError):
+    """A mask is malformed or belongs to another model."""
+
+
+class CalibrationError(PruningError, ValueError):
+    """The calibration data are empty, too small, all padding, or give NaN or Inf."""
+
+
+class LayoutError(PruningError, ValueError):
+    """The recorded shapes of a checkpoint are malformed or don't fit its model."""
+
+
+class SaveError(PruningError, OSError):
+    """A checkpoint could not be written, or did not reload to the same function."""
+
+
+def unknown(what: str, given: object, known: Iterable[str], then: str = "") -> str:
+    """Message for a name that is not among the known ones, with the closest match."""
+    names = sorted(known)
+    close = difflib.get_close_matches(str(given), names, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"Unknown {what} {given!r}.{hint} Known: {', '.join(names)}.{' ' + then if then else ''}"
