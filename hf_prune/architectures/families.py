@@ -173,10 +173,6 @@ register_architecture(
 )
 
 
-def _refuse_opt(config: Any) -> str | None:
-    return None if config.do_layer_norm_before else "config.do_layer_norm_before=False (opt-350m alone) is not in the table"
-
-
 register_architecture(
     "opt",
     Architecture(
@@ -184,12 +180,14 @@ register_architecture(
             StackSpec(
                 "decoder.layers",
                 (AttentionSpec("self_attn", "self_attn.out_proj", heads=("num_heads",)),),
-                FeedForwardSpec(("fc1",), "fc2", residual="final_layer_norm"),
+                # opt-350m alone normalises after each block
+                FeedForwardSpec(
+                    ("fc1",), "fc2", residual=lambda layer: "final_layer_norm" if layer.do_layer_norm_before else "fc1"
+                ),
                 config_neurons="ffn_dim",
                 empty=False,
             ),
         ),
-        refuse=_refuse_opt,
     ),
 )
 

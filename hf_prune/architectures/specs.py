@@ -61,14 +61,14 @@ class FeedForwardSpec:
         output (`str`): The down projection. Its input is the site at which neurons are masked, observed and cut.
         fused_gate (`bool`): The one input projection computes gate and up, one after the other.
         width (`tuple[str, ...]`): Attributes, relative to the layer, that hold the number of neurons.
-        residual (`str`, *optional*): As in [`AttentionSpec`].
+        residual (`str` or `Callable`, *optional*): As in [`AttentionSpec`]; a function of the layer where that depends on it.
     """
 
     inputs: tuple[str, ...]
     output: str
     fused_gate: bool = False
     width: tuple[str, ...] = ()
-    residual: str | None = ""
+    residual: str | Callable[[Any], str] | None = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,200 @@
+"""What a model costs under a mask, counted without building it: MACs, parameters, and bytes of weights.
+
+MACs are multiply-accumulates of one forward pass over one example of n tokens: for a head 4·n·d·d_h + 2·n²·d_h, for a neuron
+2·n·d (3·n·d if gated), generalised to KV groups, cross-attention and relative positions. Embeddings, norms, biases, activations,
+softmax and task heads are left out, as in Kwon et al. 2022, KCM and K-prune, so that ratios agree with the papers.
+Parameters and bytes count the whole model, embeddings and head included.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .architectures import AttentionSpec, FeedForwardSpec
+from .errors import ConfigError
+from .gates import current_mask
+from .masks import PruningMask
+from .surgery import present_inputs
+from .units import PrunableUnits, Projection, UnitGroup, base_model, features, head_counts, prunable_units, projection
+
+Metric = Literal["macs", "params", "memory"]
+METRICS: tuple[Metric, ...] = ("macs", "params", "memory")
+DEFAULT_LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a model.
+
+    Args:
+        macs (`float`): Multiply-accumulates of one forward pass over one example.
+        params (`int`): Parameters, shared ones once.
+        memory (`int`): Bytes of the parameters in their dtypes.
+    """
+
+    macs: float = 0.0
+    params: float = 0
+    memory: float = 0
+
+    def __add__(self, other: "Costs") -> "Costs":
+        return Costs(self.macs + other.macs, self.params + other.params, self.memory + other.memory)
+
+    def __mul__(self, times: float) -> "Costs":
+        return Costs(self.macs * times, self.params * times, self.memory * times)
+
+    def __sub__(self, other: "Costs") -> "Costs":
+        return self + other * -1
+
+    def __getitem__(self, metric: Metric) -> float:
+        return float(getattr(self, metric))
+
+    def to_dict(self) -> dict[str, float]:
+        """As a dict with the metrics for keys."""
+        return asdict(self)
+
+
+class CostTable:
+    """The costs of a model, split so that those of any mask are a sum.
+
+    Args:
+        model (`PreTrainedModel`): The model, shrunk or not.
+        units ([`PrunableUnits`], *optional*): Its units.
+        sequence_length (`float`, *optional*, defaults to 128): Tokens per example, n. The stacks of ViT and of Whisper's encoder
+            have a length of their own.
+        target_length (`float`, *optional*): Tokens per example of a decoder that follows an encoder. Defaults to
+            `sequence_length`.
+
+    Attributes:
+        unit (`dict[str, Costs]`): For each group of heads or neurons the cost of one unit.
+        layer (`dict[str, list[Costs]]`): For each stack what each layer costs without its units (norms, output biases).
+        rest (`Costs`): Everything else (embeddings, head).
+        lengths (`dict[str, float]`): For each stack its n.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        units: PrunableUnits | None = None,
+        *,
+        sequence_length: float = DEFAULT_LENGTH,
+        target_length: float | None = None,
+    ) -> None:
+        for name, length in (("sequence_length", sequence_length), ("target_length", target_length)):
+            if length is not None and not 0 < length < float("inf"):
+                raise ConfigError(f"{name} must be a positive number of tokens, got {length!r}.")
+        self.units = units if units is not None else prunable_units(model)
+        base = base_model(model)
+        self.lengths: dict[str, float] = {}
+        for name, stack in self.units.stacks.items():
+            own = stack.fixed_length(model.config) if stack.fixed_length else None
+            asked = target_length if stack.decoder and target_length is not None else sequence_length
+            self.lengths[name] = float(own if own is not None else asked)
+        source = next(iter(self.lengths.values()))
+
+        self.unit: dict[str, Costs] = {}
+        self.layer: dict[str, list[Costs]] = {}
+        for name in self.units.stacks:
+            layers = base.get_submodule(name)
+            assert isinstance(layers, nn.ModuleList)
+            self.layer[name] = []
+            for index, layer in enumerate(layers):
+                groups = self.units.of_layer(name, index)
+                for group in groups:
+                    self.unit[group.name] = _unit_costs(layer, group, self.lengths[name], source)
+                whole = _parameter_costs(layer.parameters())
+                inside = sum((_without_macs(self.unit[g.name]) * g.size for g in groups), Costs())
+                self.layer[name].append(whole - inside)
+        layers_cost = sum((_parameter_costs(base.get_submodule(name).parameters()) for name in self.layer), Costs())
+        self.rest = _parameter_costs(model.parameters()) - layers_cost
+
+    def of(self, mask: PruningMask | None = None) -> Costs:
+        """The costs of the model that `mask` leaves; without one, of the whole model."""
+        total = self.rest
+        for stack, layers in self.layer.items():
+            for index, fixed in enumerate(layers):
+                if mask is None or mask[stack][index]:
+                    total = total + fixed
+                    for group in self.units.of_layer(stack, index):
+                        kept = group.size if mask is None else int(mask[group.name].sum())
+                        total = total + self.unit[group.name] * kept
+        return total
+
+
+def model_costs(
+    model: PreTrainedModel,
+    mask: PruningMask | None = None,
+    *,
+    sequence_length: float = DEFAULT_LENGTH,
+    target_length: float | None = None,
+) -> Costs:
+    """What a model costs, with the mask it carries or another one, see [`CostTable`].
+
+    Raises:
+        UnsupportedModelError: The family is unknown.
+        MaskError: The mask is for another model.
+        ConfigError: A length is not positive.
+    """
+    table = CostTable(model, sequence_length=sequence_length, target_length=target_length)
+    if mask is not None:
+        mask.check(table.units)
+    return table.of(mask if mask is not None else current_mask(model))
+
+
+def _parameter_costs(parameters: Iterable[nn.Parameter]) -> Costs:
+    listed = list(parameters)
+    return Costs(0.0, sum(p.numel() for p in listed), sum(p.numel() * p.element_size() for p in listed))
+
+
+def _without_macs(costs: Costs) -> Costs:
+    return Costs(0.0, costs.params, costs.memory)
+
+
+def _unit_costs(layer: nn.Module, group: UnitGroup, length: float, source: float) -> Costs:
+    """One unit: its rows in the input projections, its columns in the output projection, and its part of the attention."""
+    if isinstance(group.block, AttentionSpec):
+        return _head_costs(layer, group.block, length, source if group.block.cross else length)
+    assert isinstance(group.block, FeedForwardSpec)
+    rows = 2 if group.block.fused_gate else 1
+    inputs = [_slice(projection(layer, name), length, outputs=rows) for name in present_inputs(layer, group.block)]
+    return sum(inputs, _slice(projection(layer, group.block.output), length, inputs=1))
+
+
+def _head_costs(layer: nn.Module, spec: AttentionSpec, length: float, source: float) -> Costs:
+    queries, keys, size = head_counts(layer, spec)
+    if not keys:
+        return Costs()
+    attention = layer.get_submodule(spec.module)
+    part = partial(projection, attention)
+    wide = queries // keys * size  # query columns of one KV group
+    total = _slice(projection(layer, spec.output), length, inputs=wide)
+    if spec.fused:
+        total += _slice(part(spec.fused), length, outputs=wide + 2 * size)
+    else:
+        total += _slice(part(spec.query), length, outputs=wide)
+        total += _slice(part(spec.key), source, outputs=size) + _slice(part(spec.value), source, outputs=size)
+        total += sum((_slice(part(name), 0, outputs=wide) for name in spec.extra if hasattr(attention, name)), Costs())
+    macs = 2 * length * source * wide
+    if spec.relative_rows is not None:
+        projected, met = spec.relative_rows(attention)
+        macs += projected * features(part(spec.query))[0] * wide + length * met * wide
+    return total + Costs(macs)
+
+
+def _slice(module: Projection, tokens: float, *, inputs: int | None = None, outputs: int | None = None) -> Costs:
+    """Some inputs, or some outputs with their biases, of a projection that is applied to `tokens`."""
+    total_in, total_out = features(module)
+    weights = (inputs if inputs is not None else total_in) * (outputs if outputs is not None else total_out)
+    costs = Costs(tokens * weights, weights, weights * module.weight.element_size())
+    if outputs is not None and module.bias is not None:
+        costs += Costs(0.0, outputs, outputs * module.bias.element_size())
+    return costs
+
+
+def unit_cost_vector(table: CostTable, groups: list[UnitGroup], metric: Metric) -> torch.Tensor:
+    """The cost of one unit of each group, float64 of shape (groups,)."""
+    return torch.tensor([table.unit[group.name][metric] for group in groups], dtype=torch.float64)

@@ -1,0 +1,150 @@
+"""Mask, gate and observe units at their site: the only place that registers hooks.
+
+A gate is a child module of the projection (of the layer, for layers) and its hook a module-level function, so that deepcopy,
+checkpoints, DDP, gradient checkpointing and torch.compile treat it as part of the model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from .masks import PruningMask
+from .units import PrunableUnits, UnitGroup, base_model, kept_columns, prunable_units
+
+GATE = "hf_prune_gate"
+
+
+class MaskGate(nn.Module):
+    """Zeroes the input columns of the pruned units of a group.
+
+    Args:
+        keep (`torch.Tensor`): bool of shape (units,), `True` = keep.
+        columns (`torch.Tensor`): bool of shape (columns,), the same for each column of the site's input.
+    """
+
+    keep: torch.Tensor
+    pruned_columns: torch.Tensor
+
+    def __init__(self, keep: torch.Tensor, columns: torch.Tensor) -> None:
+        super().__init__()
+        # Not persistent: a checkpoint holds the mask folded into the weights, and no key that from_pretrained doesn't know.
+        self.register_buffer("keep", keep, persistent=False)
+        self.register_buffer("pruned_columns", ~columns, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.masked_fill(self.pruned_columns, 0)  # exact where 0 * inf would be NaN
+
+
+class SkipGate(nn.Module):
+    """Marks a layer whose output is replaced by its input."""
+
+
+def _gate_input(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (getattr(module, GATE)(args[0]), *args[1:])
+
+
+def _skip_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def attach_gate(module: nn.Module, gate: nn.Module) -> None:
+    """Let `gate` transform the input of a projection from now on. One gate a projection: an older one is replaced."""
+    detach_gate(module)
+    module.add_module(GATE, gate)
+    module.register_forward_pre_hook(_gate_input)
+
+
+def detach_gate(module: nn.Module) -> None:
+    """Remove the gate of a projection or a layer, if there is one."""
+    if hasattr(module, GATE):
+        delattr(module, GATE)
+        for hooks, function in ((module._forward_pre_hooks, _gate_input), (module._forward_hooks, _skip_layer)):
+            for key in [key for key, hook in hooks.items() if hook is function]:
+                del hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
+
+
+def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
+    """Turn a model into the pruned function, shapes unchanged. A mask that is there already is replaced.
+
+    Args:
+        model (`PreTrainedModel`): The model. Its weights stay as they are.
+        mask ([`PruningMask`]): What stays.
+
+    Raises:
+        MaskError: The mask is for another model.
+    """
+    units = prunable_units(model)
+    mask.check(units)
+    remove_mask(model)
+    base = base_model(model)
+    for group in units.values():
+        keep = mask[group.name]
+        if group.kind == "layers":
+            layers = base.get_submodule(group.name)
+            assert isinstance(layers, nn.ModuleList)
+            for index in (~keep).nonzero().flatten().tolist():
+                layers[index].add_module(GATE, SkipGate())
+                layers[index].register_forward_hook(_skip_layer, with_kwargs=True)
+        elif not keep.all():
+            module = base.get_submodule(group.name)
+            keep = keep.to(module.weight.device)
+            attach_gate(module, MaskGate(keep, keep.repeat_interleave(group.width)))
+
+
+def remove_mask(model: PreTrainedModel) -> None:
+    """Give a masked model its dense function back."""
+    for module in list(model.modules()):
+        if isinstance(getattr(module, GATE, None), MaskGate | SkipGate):
+            detach_gate(module)
+
+
+def current_mask(model: PreTrainedModel) -> PruningMask | None:
+    """The mask that [`apply_mask`] put on a model, `None` if there is none."""
+    units, base, keep = prunable_units(model), base_model(model), {}
+    for group in units.values():
+        if group.kind == "layers":
+            layers = base.get_submodule(group.name)
+            assert isinstance(layers, nn.ModuleList)
+            kept = torch.tensor([not isinstance(getattr(layer, GATE, None), SkipGate) for layer in layers], dtype=torch.bool)
+            if not kept.all():
+                keep[group.name] = kept
+        else:
+            gate = getattr(base.get_submodule(group.name), GATE, None)
+            if isinstance(gate, MaskGate):
+                keep[group.name] = gate.keep
+    return PruningMask(keep, units) if keep else None
+
+
+def masked_columns(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask) -> Iterator[tuple[UnitGroup, torch.Tensor]]:
+    """Groups of heads and neurons with pruned units, each with the indices of the pruned input columns of its site."""
+    for group in units.of_kind("heads", "neurons"):
+        if not mask[group.name].all():
+            yield group, kept_columns(group, ~mask[group.name])
+
+
+@contextmanager
+def observe(root: nn.Module, observers: Mapping[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
+    """Within the context, call each observer with the input of its projection.
+
+    Args:
+        root (`nn.Module`): What the names are relative to.
+        observers (`dict[str, Callable]`): For a projection what to call with its (gated) input, of shape (..., columns).
+    """
+    handles = []
+
+    def watch(function: Callable[[torch.Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda module, args: function(args[0])
+
+    try:
+        for name, function in observers.items():
+            handles.append(root.get_submodule(name).register_forward_pre_hook(watch(function)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,183 @@
+"""Figures: what was pruned where, and how checkpoints compare. They need matplotlib and no display."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .benchmark import Measurement, setting, si_scale
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which readers with any colour vision can tell apart.
+_PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+_EMPTY, _INK, _GREY = "#E4E7EB", "#1F2933", "#616E7C"
+
+
+def plot_units(units: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]) -> "Figure":
+    """Draw how many heads, neurons and layers are kept, layer by layer.
+
+    Args:
+        units (`list[dict]`): For each unit group `name`, `kind` (`"heads"`, `"neurons"`, `"layers"`), `layer`, `stack`,
+            `size` and `kept`. There is one panel for each kind; stacks stand side by side in it.
+        path (`str` or `os.PathLike`): Where to write the figure. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure that was written.
+
+    Raises:
+        ConfigError: There are no units.
+    """
+    if not units:
+        raise ConfigError("There are no units to plot.")
+    kinds = [kind for kind in ("heads", "neurons", "layers") if any(unit["kind"] == kind for unit in units)]
+    bars = max(sum(unit["kind"] == kind for unit in units) for kind in kinds)
+    figure = _figure(min(max(7.0, 0.42 * bars + 1.2), 18.0), 2.7 * len(kinds))
+    for row, kind in enumerate(kinds):
+        group = [unit for unit in units if unit["kind"] == kind]
+        axes = figure.add_subplot(len(kinds), 1, row + 1)
+        kept, size = sum(unit["kept"] for unit in group), sum(unit["size"] for unit in group)
+        _style(axes, f"{kind.capitalize()} kept: {kept:,} of {size:,} ({kept / max(size, 1):.0%})")
+        _draw_units(axes, group, _PALETTE[row])
+    figure.savefig(path)
+    return figure
+
+
+def _draw_units(axes: "Axes", group: Sequence[Mapping[str, Any]], color: str) -> None:
+    stacks = list(dict.fromkeys(unit["stack"] for unit in group))
+    few = len(group) <= 36
+    ticks: dict[float, str] = {}
+    start = 0.0
+    for stack in stacks:
+        members = [unit for unit in group if unit["stack"] == stack]
+        # A decoder layer has two attention blocks: their bars stand side by side, the second one paler.
+        blocks = list(dict.fromkeys(_block(unit) for unit in members))
+        width = 0.84 / len(blocks)
+        handles = []
+        for index, block in enumerate(blocks):
+            bars = [unit for unit in members if _block(unit) == block]
+            layers = [max(unit["layer"], 0) for unit in bars]
+            x = [start + layer + (index - (len(blocks) - 1) / 2) * width for layer in layers]
+            axes.bar(x, [unit["size"] for unit in bars], color=_EMPTY, width=0.94 * width)
+            shade = {"color": color, "alpha": 0.5**index, "width": 0.94 * width}
+            handles.append(axes.bar(x, [unit["kept"] for unit in bars], **shade))
+            ticks |= {start + layer: str(unit["layer"]) for layer, unit in zip(layers, bars, strict=True)}
+            if few:
+                axes.bar_label(handles[-1], [f"{unit['kept']:,}" for unit in bars], padding=2, fontsize=7.5)
+        if len(blocks) > 1:
+            place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "ncols": len(blocks)}
+            axes.legend(handles, blocks, frameon=False, fontsize=8, labelcolor=_GREY, handlelength=1.0, **place)
+        last = max(unit["layer"] for unit in members)
+        if last < 0:
+            ticks[start] = stack
+        elif len(stacks) > 1:
+            axes.annotate(
+                stack,
+                (start + last / 2, 0),
+                (0, -20),
+                xycoords=("data", "axes fraction"),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                color=_GREY,
+            )
+        start += max(last, 0) + 1.8
+    axes.set_xticks(list(ticks), list(ticks.values()))
+    axes.set_ylim(0, 1.12 * max(1, *(unit["size"] for unit in group)))
+    if len(stacks) == 1 and group[0]["layer"] >= 0:
+        axes.set_xlabel("Layer", color=_GREY)
+
+
+def _block(unit: Mapping[str, Any]) -> str:
+    return str(unit["name"]).removeprefix(f"{unit['stack']}.{unit['layer']}.")
+
+
+def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -> "Figure":
+    """Draw the rows of [`~hf_prune.benchmark.compare`]: one small panel for each figure, one bar for each checkpoint.
+
+    Args:
+        rows (`list[Measurement]`): The first one is the reference that the others' ratios refer to.
+        path (`str` or `os.PathLike`): Where to write the figure. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure that was written. In the panels of latency the bars are the median, the
+        whiskers end at the 95th percentile.
+
+    Raises:
+        ConfigError: There are no rows.
+    """
+    if not rows:
+        raise ConfigError("There are no measurements to plot.")
+    panels: list[tuple[str, str, list[float]]] = [
+        ("Parameters", "", [row.parameters for row in rows]),
+        ("MACs per example", "", [row.macs for row in rows]),
+        ("Weights on disk", "B", [row.disk_bytes for row in rows]),
+        ("Peak memory", "B", [row.peak_memory_bytes for row in rows]),
+    ]
+    runs = rows[0].latency
+    columns = 4
+    lines = -(-(len(rows[0].scores) + len(panels) + len(runs)) // columns)
+    figure = _figure(11.0, 2.75 * lines + 0.7)
+    place = 0
+
+    def panel(title: str, values: Sequence[float], labels: Sequence[str]) -> "Axes":
+        nonlocal place
+        place += 1
+        axes = figure.add_subplot(lines, columns, place)
+        _style(axes, title)
+        colors = [_PALETTE[i % len(_PALETTE)] for i in range(len(rows))]
+        bars = axes.bar(range(len(rows)), values, color=colors, width=0.66)
+        axes.bar_label(bars, labels, padding=2, fontsize=8.5)
+        axes.set_xticks([])
+        return axes
+
+    for metric in rows[0].scores:
+        values = [row.scores.get(metric, float("nan")) for row in rows]
+        axes = panel(metric.replace("_", " ").capitalize(), values, [f"{value:.3f}" for value in values])
+        axes.set_ylim(np.nanmin([0.0, *values]), 1.2 * np.nanmax(values))
+    for title, unit, values in panels:
+        prefix, scale = si_scale(max(values))
+        scaled = [value / scale for value in values]
+        axes = panel(f"{title} ({prefix}{unit})", scaled, _with_ratio(scaled))
+        axes.set_ylim(0, 1.35 * max(scaled))
+    for index, run in enumerate(runs):
+        p50 = [row.latency[index].p50_ms for row in rows]
+        p95 = [row.latency[index].p95_ms for row in rows]
+        axes = panel(f"Latency, batch {run.batch_size} (ms)", p50, [""] * len(rows))
+        whiskers = np.array([np.zeros(len(rows)), np.subtract(p95, p50)])
+        axes.errorbar(range(len(rows)), p50, whiskers, fmt="none", ecolor=_INK, elinewidth=1, capsize=4)
+        for x, (top, label) in enumerate(zip(p95, _with_ratio(p50), strict=True)):
+            axes.annotate(label, (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
+        axes.set_ylim(0, 1.35 * max(p95))
+    handles = figure.axes[0].patches
+    figure.legend(handles, [row.name for row in rows], loc="outside upper left", ncols=len(rows), frameon=False)
+    foot = f"Latency: bars are the median, whiskers end at the 95th percentile. {setting(rows[0])}."
+    figure.supxlabel(foot, fontsize=9, color=_GREY)
+    figure.savefig(path)
+    return figure
+
+
+def _with_ratio(values: Sequence[float]) -> list[str]:
+    """Labels of bars: the value, and below it its ratio to the first one."""
+    first, *others = values
+    return [f"{first:.3g}", *(f"{value:.3g}\n({value / first:.2f}×)" for value in others)]
+
+
+def _figure(width: float, height: float) -> "Figure":
+    # A Figure of its own, not pyplot's: no global state to leak into a notebook, and no display needed.
+    from matplotlib.figure import Figure
+
+    return Figure((width, height), dpi=150, layout="constrained")
+
+
+def _style(axes: "Axes", title: str) -> None:
+    axes.set_title(title, loc="left", fontsize=10.5, color=_INK)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(_GREY)
+    axes.tick_params(length=0, labelcolor=_GREY, labelsize=8.5)
+    axes.grid(axis="y", color=_EMPTY, linewidth=0.8)
+    axes.set_axisbelow(True)

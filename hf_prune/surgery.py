@@ -1,0 +1,232 @@
+"""Cut pruned units out of a model: the only place where shapes change."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .architectures import AttentionSpec, FeedForwardSpec, StackSpec
+from .errors import MaskError
+from .gates import current_mask, remove_mask
+from .layout import KEY, ConfigView, record, skeleton
+from .masks import PruningMask
+from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, kept_columns, prunable_units, projection
+
+
+def cut(module: Projection, index: torch.Tensor, side: str) -> None:
+    """Keep some inputs or outputs of a projection, in place. Dtype, device and `requires_grad` stay.
+
+    Args:
+        module (`nn.Linear` or `Conv1D`): The projection.
+        index (`torch.Tensor`): Indices of what stays.
+        side (`"inputs"` or `"outputs"`): Which features are cut.
+    """
+    conv = isinstance(module, Conv1D)
+    outputs = side == "outputs"
+
+    def select(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+        small = parameter.detach().index_select(dim, index.to(parameter.device))
+        return nn.Parameter(small, requires_grad=parameter.requires_grad)
+
+    module.weight = select(module.weight, 0 if outputs != conv else 1)
+    if outputs and module.bias is not None:
+        module.bias = select(module.bias, 0)
+    inputs, rows = features(module)
+    if isinstance(module, Conv1D):
+        module.nx, module.nf = inputs, rows
+    else:
+        module.in_features, module.out_features = inputs, rows
+
+
+def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None:
+    """Keep some heads (KV groups) of an attention block. `keep`: bool of shape (units,)."""
+    queries, keys, size = head_counts(layer, spec)
+    group = queries // keys
+    kept = int(keep.sum())
+
+    def rows(width: int) -> torch.Tensor:
+        return keep.repeat_interleave(width).nonzero().flatten()
+
+    attention = layer.get_submodule(spec.module)
+    query_rows, key_rows = rows(group * size), rows(size)
+    if not spec.fused:
+        names = {spec.query: query_rows, spec.key: key_rows, spec.value: key_rows}
+        names |= {name: query_rows for name in spec.extra if hasattr(attention, name)}
+        for name, index in names.items():
+            cut(projection(attention, name), index, "outputs")
+    elif spec.fused_order == "blocks":
+        blocks = [query_rows, queries * size + key_rows, (queries + keys) * size + key_rows]
+        cut(projection(attention, spec.fused), torch.cat(blocks), "outputs")
+    else:
+        cut(projection(attention, spec.fused), rows((group + 2) * size), "outputs")
+    cut(projection(layer, spec.output), query_rows, "inputs")
+
+    for names_, count in ((spec.heads, kept * group), (spec.kv_heads, kept), (spec.width, kept * group * size)):
+        for name in names_:
+            if hasattr(attention, name):
+                setattr(attention, name, count)
+    if spec.config_heads:
+        config = attention.config
+        whole = config._config if isinstance(config, ConfigView) else config
+        attention.config = ConfigView(whole, {"num_attention_heads": kept * group, "num_key_value_heads": kept})
+
+
+def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor) -> None:
+    """Keep some neurons of a feed-forward block. `keep`: bool of shape (units,)."""
+    index = keep.nonzero().flatten()
+    for name in present_inputs(layer, spec):
+        cut(projection(layer, name), torch.cat([index, len(keep) + index]) if spec.fused_gate else index, "outputs")
+    cut(projection(layer, spec.output), index, "inputs")
+    for path in spec.width:
+        owner, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(owner), name, len(index))
+
+
+def present_inputs(layer: nn.Module, spec: FeedForwardSpec) -> list[str]:
+    """The input projections of a feed-forward block that this variant of the family has."""
+    return [name for name in spec.inputs if hasattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])]
+
+
+def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask) -> None:
+    """Cut the pruned units of one layer. `groups`: its heads and neurons."""
+    for group in groups:
+        keep = mask[group.name]
+        if keep.all():
+            continue
+        if isinstance(group.block, AttentionSpec):
+            cut_heads(layer, group.block, keep)
+        elif isinstance(group.block, FeedForwardSpec):
+            cut_neurons(layer, group.block, keep)
+
+
+def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
+    """Raise unless a mask can be cut out of a model with these units.
+
+    Raises:
+        MaskError: It is for another model, or prunes what this family can't lose.
+    """
+    mask.check(units)
+    for group in units.values():
+        keep = mask[group.name]
+        if keep.all():
+            continue
+        stack = units.stacks[group.stack]
+        if not group.prunable:
+            raise MaskError(f"The heads of {group.name} can't be pruned: in {units.model_type} {units.architecture.note}.")
+        if group.kind == "layers":
+            fixed = [index for index in stack.fixed_layers if index < len(keep) and not keep[index]]
+            if fixed:
+                raise MaskError(f"Layer {fixed[0]} of {group.name} can't be dropped in {units.model_type}: the others depend on it.")
+            if not keep.any():
+                raise MaskError(f"The mask drops all layers of {group.name}: keep at least one.")
+        elif group.kind == "heads" and not keep.any() and not stack.empty and mask[group.stack][group.layer]:
+            raise MaskError(f"{units.model_type} does not run without heads: keep at least one in {group.name}.")
+
+
+def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTrainedModel:
+    """Make a masked model physically smaller, in place. It computes the same function.
+
+    The config is updated: to a plain stock config where one can hold the shapes, else with a layout under `hf_prune`.
+
+    Args:
+        model (`PreTrainedModel`): The model. It may have been shrunk before.
+        mask ([`PruningMask`], *optional*): What stays. Defaults to the mask that [`prune`] put on the model.
+
+    Returns:
+        `PreTrainedModel`: The same object.
+
+    Raises:
+        MaskError: There is no mask, it is for another model, or it prunes what this family can't lose.
+        LayoutError: The result could not be described in a config.
+        UnsupportedModelError: The model can't be pruned.
+
+    The model is unchanged after an error.
+    """
+    units = prunable_units(model)
+    mask = mask if mask is not None else current_mask(model)
+    if mask is None:
+        raise MaskError("There is nothing to shrink: prune the model first, or pass shrink(model, mask).")
+    check_shrinkable(units, mask)
+    # The whole operation once on the meta device: if it fails there, no weight has been touched.
+    rehearsal = skeleton(model, model.config)
+    _cut(rehearsal, units, mask)
+    config = record(rehearsal, _candidates(rehearsal, units))
+
+    remove_mask(model)
+    _cut(model, units, mask)
+    _update_configs(model, skeleton(model, config))
+    return model
+
+
+def _cut(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask) -> None:
+    base = base_model(model)
+    for stack in units.stacks.values():
+        layers = base.get_submodule(stack.layers)
+        assert isinstance(layers, nn.ModuleList)
+        kept = mask[stack.layers].nonzero().flatten().tolist()
+        for index in kept:
+            cut_layer(layers[index], units.of_layer(stack.layers, index), mask)
+        if len(kept) < len(layers):
+            _drop_layers(base, stack, kept)
+
+
+def _drop_layers(base: nn.Module, stack: StackSpec, kept: list[int]) -> None:
+    owner, _, name = stack.layers.rpartition(".")
+    layers = base.get_submodule(stack.layers)
+    assert isinstance(layers, nn.ModuleList)
+    parent = base.get_submodule(owner)
+    setattr(parent, name, nn.ModuleList(layers[index] for index in kept))
+    if hasattr(parent, stack.config_depth):  # DistilBERT's stack counts its layers
+        setattr(parent, stack.config_depth, len(kept))
+    for new, old in enumerate(kept):
+        for module in layers[old].modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = new  # type: ignore[assignment]  # it addresses the KV cache
+    config = base.config
+    assert isinstance(config, PreTrainedConfig)
+    for attribute in stack.per_layer:
+        values = getattr(config, attribute, None)
+        if values is not None:
+            setattr(config, attribute, [values[index] for index in kept])
+    setattr(config, stack.config_depth, len(kept))
+
+
+def _candidates(model: PreTrainedModel, units: PrunableUnits) -> list[PreTrainedConfig]:
+    """Configs that may describe a shrunk model: one with the widths of the first layers, one with the dense widths."""
+    dense = copy.deepcopy(model.config)
+    dense.__dict__.pop(KEY, None)
+    stock = copy.deepcopy(dense)
+    base = base_model(model)
+    try:
+        for stack in units.stacks.values():
+            layer = base.get_submodule(f"{stack.layers}.0")
+            if stack.config_neurons:
+                setattr(stock, stack.config_neurons, features(projection(layer, stack.feed_forward.output))[0])
+            if stack.config_heads and stack.attention:
+                queries, keys, size = head_counts(layer, stack.attention[0])
+                setattr(stock, stack.config_heads, queries)
+                if stack.config_kv_heads:
+                    setattr(stock, stack.config_kv_heads, keys)
+                setattr(stock, stack.config_head_dim, size)
+    except ValueError:  # a config that checks its numbers refuses these
+        return [dense]
+    return [stock, dense]
+
+
+def _update_configs(model: PreTrainedModel, built: PreTrainedModel) -> None:
+    """Give a model, and the models nested in it, the numbers of the configs from which `built` was made."""
+    nested: Callable[[PreTrainedModel], dict[str, PreTrainedModel]] = lambda root: {  # noqa: E731
+        name: module for name, module in root.named_modules() if isinstance(module, PreTrainedModel)
+    }
+    theirs = nested(built)
+    for name, module in nested(model).items():
+        mine, new = module.config, theirs[name].config
+        if mine is not new:
+            for key in vars(mine).keys() - vars(new).keys() & {KEY}:
+                delattr(mine, key)
+            for key, value in vars(new).items():
+                if not key.startswith("_") and vars(mine).get(key) != value:
+                    setattr(mine, key, copy.deepcopy(value))
