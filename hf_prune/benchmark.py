@@ -352,14 +352,14 @@ def compare(
 
 
 def comparison_table(rows: Sequence[Measurement]) -> str:
-    """Rows of [`compare`] as a Markdown table: a column for each checkpoint, and its ratio to the first one.
+    """Rows of [`compare`] as a Markdown table: a column for each checkpoint, then how it stands against the first one.
 
-    Scores stand at the top, with their difference to the first checkpoint's in place of a ratio.
+    Scores are compared by their difference, everything else by its ratio (×).
     """
     _at_least_one(rows=len(rows))
     first, *others = rows
     lines = [
-        ["", *(row.name for row in rows), *(f"{row.name} / {first.name}" for row in others)],
+        ["", *(row.name for row in rows), *(f"{row.name} vs {first.name}" for row in others)],
         ["---", *("--:" for _ in range(len(rows) + len(others)))],
     ]
     for metric in first.scores:

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Literal
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -193,8 +192,3 @@ def _slice(module: Projection, tokens: float, *, inputs: int | None = None, outp
     if outputs is not None and module.bias is not None:
         costs += Costs(0.0, outputs, outputs * module.bias.element_size())
     return costs
-
-
-def unit_cost_vector(table: CostTable, groups: list[UnitGroup], metric: Metric) -> torch.Tensor:
-    """The cost of one unit of each group, float64 of shape (groups,)."""
-    return torch.tensor([table.unit[group.name][metric] for group in groups], dtype=torch.float64)

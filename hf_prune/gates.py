@@ -4,8 +4,9 @@ A gate is a child module of the projection (of the layer, for layers) and its ho
 checkpoints, DDP, gradient checkpointing and torch.compile treat it as part of the model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -128,23 +129,85 @@ def masked_columns(model: PreTrainedModel, units: PrunableUnits, mask: PruningMa
             yield group, kept_columns(group, ~mask[group.name])
 
 
+Observer = Callable[[torch.Tensor], None]
+
+
 @contextmanager
-def observe(root: nn.Module, observers: Mapping[str, Callable[[torch.Tensor], None]]) -> Iterator[None]:
-    """Within the context, call each observer with the input of its projection.
+def observe(
+    root: nn.Module, inputs: Mapping[str, Observer] | None = None, outputs: Mapping[str, Observer] | None = None
+) -> Iterator[None]:
+    """Within the context, call observers with what goes into and comes out of modules.
 
     Args:
         root (`nn.Module`): What the names are relative to.
-        observers (`dict[str, Callable]`): For a projection what to call with its (gated) input, of shape (..., columns).
+        inputs (`dict[str, Callable]`, *optional*): For a module what to call with its first input, behind a gate.
+        outputs (`dict[str, Callable]`, *optional*): For a module what to call with its output, the first of a tuple.
     """
     handles = []
 
-    def watch(function: Callable[[torch.Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, args: function(args[0])
+    def before(function: Observer) -> Callable[..., None]:
+        return lambda module, args, kwargs: function(args[0] if args else kwargs["hidden_states"])
+
+    def after(function: Observer) -> Callable[..., None]:
+        return lambda module, args, output: function(output[0] if isinstance(output, tuple) else output)
 
     try:
-        for name, function in observers.items():
-            handles.append(root.get_submodule(name).register_forward_pre_hook(watch(function)))
+        for name, function in (inputs or {}).items():
+            handles.append(root.get_submodule(name).register_forward_pre_hook(before(function), with_kwargs=True))
+        for name, function in (outputs or {}).items():
+            handles.append(root.get_submodule(name).register_forward_hook(after(function)))
         yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass
+class LayerCalls:
+    """How the layers of one stack were called for one batch.
+
+    Args:
+        hidden (`torch.Tensor`): What went into the first layer.
+        arguments (`list`): For each layer the other positional and the keyword arguments.
+    """
+
+    hidden: torch.Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+
+@contextmanager
+def record_calls(
+    root: nn.Module, stacks: Iterable[str], last_output: Mapping[str, torch.Tensor] | None = None
+) -> Iterator[dict[str, LayerCalls]]:
+    """Within the context, record how each layer is called in one forward pass.
+
+    Args:
+        root (`nn.Module`): The base model.
+        stacks (iterable of `str`): The stacks to record.
+        last_output (`dict[str, torch.Tensor]`, *optional*): For a stack what its last layer shall return instead of its output.
+    """
+    calls: dict[str, LayerCalls] = {}
+    handles = []
+
+    def watch(stack: str) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = dict(kwargs)
+            hidden, others = (args[0], args[1:]) if args else (named.pop("hidden_states"), ())
+            calls.setdefault(stack, LayerCalls(hidden, [])).arguments.append((others, named))
+
+        return call
+
+    def replace(hidden: torch.Tensor) -> Callable[..., Any]:
+        return lambda module, args, output: (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    try:
+        for stack in stacks:
+            layers = root.get_submodule(stack)
+            assert isinstance(layers, nn.ModuleList)
+            handles += [layer.register_forward_pre_hook(watch(stack), with_kwargs=True) for layer in layers]
+            if last_output and stack in last_output:
+                handles.append(layers[-1].register_forward_hook(replace(last_output[stack])))
+        yield calls
     finally:
         for handle in handles:
             handle.remove()

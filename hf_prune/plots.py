@@ -22,9 +22,9 @@ def plot_units(units: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     """Draw how many heads, neurons and layers are kept, layer by layer.
 
     Args:
-        units (`list[dict]`): For each unit group `name`, `kind` (`"heads"`, `"neurons"`, `"layers"`), `layer`, `stack`,
-            `size` and `kept`. There is one panel for each kind; stacks stand side by side in it.
-        path (`str` or `os.PathLike`): Where to write the figure. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+        units (`list[dict]`): For each unit group `name`, `kind` (`"heads"`, `"neurons"` or `"layers"`), `layer`,
+            `stack`, `size` and `kept`. There is one panel for each kind; stacks stand side by side in it.
+        path (`str` or `os.PathLike`): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
 
     Returns:
         `matplotlib.figure.Figure`: The figure that was written.
@@ -63,14 +63,22 @@ def _draw_units(axes: "Axes", group: Sequence[Mapping[str, Any]], color: str) ->
             layers = [max(unit["layer"], 0) for unit in bars]
             x = [start + layer + (index - (len(blocks) - 1) / 2) * width for layer in layers]
             axes.bar(x, [unit["size"] for unit in bars], color=_EMPTY, width=0.94 * width)
-            shade = {"color": color, "alpha": 0.5**index, "width": 0.94 * width}
-            handles.append(axes.bar(x, [unit["kept"] for unit in bars], **shade))
+            kept = [unit["kept"] for unit in bars]
+            handles.append(axes.bar(x, kept, color=color, alpha=0.5**index, width=0.94 * width))
             ticks |= {start + layer: str(unit["layer"]) for layer, unit in zip(layers, bars, strict=True)}
             if few:
-                axes.bar_label(handles[-1], [f"{unit['kept']:,}" for unit in bars], padding=2, fontsize=7.5)
+                axes.bar_label(handles[-1], [f"{count:,}" for count in kept], padding=2, fontsize=7.5)
         if len(blocks) > 1:
-            place = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.97), "ncols": len(blocks)}
-            axes.legend(handles, blocks, frameon=False, fontsize=8, labelcolor=_GREY, handlelength=1.0, **place)
+            axes.legend(
+                handles,
+                blocks,
+                loc="lower right",
+                bbox_to_anchor=(1.0, 0.97),
+                ncols=len(blocks),
+                frameon=False,
+                fontsize=8,
+                labelcolor=_GREY,
+            )
         last = max(unit["layer"] for unit in members)
         if last < 0:
             ticks[start] = stack
@@ -87,7 +95,11 @@ def _draw_units(axes: "Axes", group: Sequence[Mapping[str, Any]], color: str) ->
             )
         start += max(last, 0) + 1.8
     axes.set_xticks(list(ticks), list(ticks.values()))
+    # A few bars (one for each stack) must not swell to fill the panel.
+    axes.set_xlim(-0.7, max(start - 1.1, 6.0))
     axes.set_ylim(0, 1.12 * max(1, *(unit["size"] for unit in group)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(axis="y", nbins=5, integer=True)
     if len(stacks) == 1 and group[0]["layer"] >= 0:
         axes.set_xlabel("Layer", color=_GREY)
 
@@ -101,7 +113,7 @@ def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -
 
     Args:
         rows (`list[Measurement]`): The first one is the reference that the others' ratios refer to.
-        path (`str` or `os.PathLike`): Where to write the figure. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+        path (`str` or `os.PathLike`): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
 
     Returns:
         `matplotlib.figure.Figure`: The figure that was written. In the panels of latency the bars are the median, the
@@ -133,6 +145,7 @@ def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -
         bars = axes.bar(range(len(rows)), values, color=colors, width=0.66)
         axes.bar_label(bars, labels, padding=2, fontsize=8.5)
         axes.set_xticks([])
+        axes.locator_params(axis="y", nbins=5)
         return axes
 
     for metric in rows[0].scores:
@@ -143,7 +156,7 @@ def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -
         prefix, scale = si_scale(max(values))
         scaled = [value / scale for value in values]
         axes = panel(f"{title} ({prefix}{unit})", scaled, _with_ratio(scaled))
-        axes.set_ylim(0, 1.35 * max(scaled))
+        axes.set_ylim(0, 1.3 * max(scaled))
     for index, run in enumerate(runs):
         p50 = [row.latency[index].p50_ms for row in rows]
         p95 = [row.latency[index].p95_ms for row in rows]
@@ -152,7 +165,7 @@ def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -
         axes.errorbar(range(len(rows)), p50, whiskers, fmt="none", ecolor=_INK, elinewidth=1, capsize=4)
         for x, (top, label) in enumerate(zip(p95, _with_ratio(p50), strict=True)):
             axes.annotate(label, (x, top), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
-        axes.set_ylim(0, 1.35 * max(p95))
+        axes.set_ylim(0, 1.3 * max(p95))
     handles = figure.axes[0].patches
     figure.legend(handles, [row.name for row in rows], loc="outside upper left", ncols=len(rows), frameon=False)
     foot = f"Latency: bars are the median, whiskers end at the 95th percentile. {setting(rows[0])}."
@@ -171,7 +184,9 @@ def _figure(width: float, height: float) -> "Figure":
     # A Figure of its own, not pyplot's: no global state to leak into a notebook, and no display needed.
     from matplotlib.figure import Figure
 
-    return Figure((width, height), dpi=150, layout="constrained")
+    figure = Figure((width, height), dpi=150)
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    return figure
 
 
 def _style(axes: "Axes", title: str) -> None:

@@ -128,6 +128,11 @@ def features(module: Projection) -> tuple[int, int]:
     return (first, second) if isinstance(module, Conv1D) else (second, first)
 
 
+def output_matrix(module: Projection) -> torch.Tensor:
+    """The weight of a projection as (inputs, outputs): row i is what input i writes. A view."""
+    return module.weight if isinstance(module, Conv1D) else module.weight.T
+
+
 def head_counts(layer: nn.Module, spec: AttentionSpec) -> tuple[int, int, int]:
     """(query heads, KV heads, size of a head) of an attention block, as its weights are now."""
     attention = layer.get_submodule(spec.module)

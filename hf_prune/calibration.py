@@ -1,0 +1,375 @@
+"""Run calibration data through a model and gather statistics at the sites of its units.
+
+[`Calibrator`] brings the data into batches, shares them among the processes that Accelerate knows, leaves padding out, and sums
+what the processes saw, so that the result depends neither on the batch size nor on their number.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import reduce, send_to_device
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from .errors import CalibrationError, ConfigError
+from .gates import LayerCalls, observe, record_calls
+from .units import PrunableUnits, base_model, prunable_units
+
+Batch = dict[str, torch.Tensor]
+_PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": -100}
+
+
+class Statistic(Protocol):
+    """What a method wants to know about the inputs of one site."""
+
+    def update(self, inputs: torch.Tensor) -> None:
+        """Take the inputs of some real tokens, of shape (tokens, columns)."""
+
+    def sums(self) -> list[torch.Tensor]:
+        """The tensors in which it is kept: sums over tokens, reduced over processes in place."""
+
+
+class Moments:
+    """Sums of x, |x| and x² over tokens, per column, in float64.
+
+    Attributes:
+        total, absolute, square (`torch.Tensor`): float64 of shape (columns,).
+        count (`torch.Tensor`): Number of tokens, of shape ().
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.total, self.absolute, self.square = torch.zeros(3, columns, dtype=torch.float64, device=device).unbind()
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+
+    def update(self, inputs: torch.Tensor) -> None:
+        x = inputs.float()
+        self.total += x.sum(0, dtype=torch.float64)
+        self.absolute += x.abs().sum(0, dtype=torch.float64)
+        self.square += x.square().sum(0, dtype=torch.float64)
+        self.count += len(x)
+
+    def sums(self) -> list[torch.Tensor]:
+        return [self.total, self.absolute, self.square, self.count]
+
+    @property
+    def mean_absolute(self) -> torch.Tensor:
+        """Mean of |x| per column."""
+        return self.absolute / self.count
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """Mean of x per column."""
+        return self.total / self.count
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root of the mean of x² per column."""
+        return (self.square / self.count).sqrt()
+
+
+class Calibrator:
+    """Calibration data, ready to be run through a model any number of times.
+
+    Args:
+        model (`PreTrainedModel`): The model that will be calibrated.
+        data: One of
+            - a list (or other sequence) or `datasets.Dataset` of examples: dicts of model inputs, or of text, or plain strings;
+            - a `DataLoader` or any other iterable (a generator) of batches, dicts of tensors. It is read once and kept.
+        processing_class (*optional*): The tokenizer (or processor) for text; also used to pad examples.
+        text_column (`str`, *optional*): Which column holds the text. Not needed when there is just one.
+        max_samples (`int`, *optional*): Read this many examples and no more. All by default.
+        batch_size (`int`, *optional*, defaults to 32): Examples in a batch. Batches from a loader stay as they are.
+        max_length (`int`, *optional*): Truncate text to this many tokens. Defaults to what the tokenizer and the model take.
+
+    Attributes:
+        samples, tokens (`int`): Examples and real tokens in all, over all processes.
+        lengths (`tuple[float, float | None]`): Mean number of real tokens of an example, on the encoder's (or only) side and on
+            that of a decoder which follows an encoder.
+        fingerprint (`str`): SHA-256 of the inputs.
+
+    Raises:
+        CalibrationError: No data, nothing but padding in an example, or inputs that the model does not take.
+        ConfigError: An option is out of range.
+
+    Under `accelerate launch` or torchrun every process makes its own Calibrator over the same data and reads every n-th batch.
+    Examples are sorted by length before they are batched, which saves most of the padding.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        data: Any,
+        *,
+        processing_class: Any = None,
+        text_column: str | None = None,
+        max_samples: int | None = None,
+        batch_size: int = 32,
+        max_length: int | None = None,
+    ) -> None:
+        for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_length", max_length)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        self.model = model
+        self.units = prunable_units(model)
+        self._accepted = set(inspect.signature(model.forward).parameters)
+        if isinstance(data, str | Mapping):
+            raise CalibrationError(f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset or a DataLoader.")
+        if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or _is_batch(next(iter(data), None)):
+            batches = _whole_batches(data, max_samples)
+        else:
+            reader = _Reader(model, processing_class, text_column, max_length)
+            batches = list(reader.batches(list(islice(iter(data), max_samples)), batch_size))
+        batches = [self._usable(batch) for batch in batches]
+        if not batches:
+            raise CalibrationError("The calibration data are empty: give at least one example.")
+        self._measure(batches)
+        state = PartialState()
+        self._batches = batches[state.process_index :: state.num_processes]
+
+    def __len__(self) -> int:
+        return self.samples
+
+    # Running ----------------------------------------------------------------------------------------------------------
+
+    def batches(self, description: str) -> Iterator[tuple[int, Batch]]:
+        """This process's batches with their indices, on the model's device, with a progress bar."""
+        quiet = not PartialState().is_main_process or None  # None: only where stderr is a terminal
+        for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
+            yield index, send_to_device(batch, self.model.device)
+
+    def forward(self, batch: Batch) -> Any:
+        """One forward pass without a KV cache."""
+        return self.model(**batch, **({"use_cache": False} if "use_cache" in self._accepted else {}))
+
+    def collect(self, statistics: Mapping[str, Statistic], description: str = "calibrate", record: bool = False) -> list[dict[str, LayerCalls]]:
+        """Fill statistics in one pass over the data.
+
+        Args:
+            statistics (`dict[str, Statistic]`): By name of a unit group: what to feed with the inputs of its site.
+            description (`str`, *optional*): Of the progress bar.
+            record (`bool`, *optional*, defaults to `False`): Also remember how the layers were called.
+
+        Returns:
+            `list[dict[str, LayerCalls]]`: For each batch of this process the calls, by stack. Empty unless `record`.
+
+        Raises:
+            CalibrationError: A statistic is NaN or infinite; the message names the site.
+        """
+        base, calls = base_model(self.model), []
+        with self.evaluating():
+            for _, batch in self.batches(description):
+                feeds = {name: self._feed(statistic, self.real_tokens(batch, self.units[name].stack), name) for name, statistic in statistics.items()}
+                with observe(base, feeds), record_calls(base, self.units.stacks if record else ()) as recorded:
+                    self.forward(batch)
+                if record:
+                    calls.append(recorded)
+        self.reduce(statistics)
+        return calls
+
+    def reduce(self, statistics: Mapping[str, Statistic]) -> None:
+        """Sum statistics over the processes, and check them.
+
+        Raises:
+            CalibrationError: One is NaN or infinite; the message names the site.
+        """
+        for name, statistic in statistics.items():
+            for tensor in statistic.sums():
+                tensor.copy_(reduce(tensor, "sum"))
+                if not tensor.isfinite().all():
+                    raise CalibrationError(
+                        f"The inputs of {name} are NaN or infinite on the calibration data. Check the weights of the layers below "
+                        "it, and try float32 if the model runs in half precision."
+                    )
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Without gradients and dropout; the training mode of the model is restored."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+    def real_tokens(self, batch: Batch, stack: str) -> torch.Tensor | None:
+        """Which positions of a batch are no padding in a stack: bool of shape (batch, tokens), `None` if all are real."""
+        spec = self.units.stacks[stack]
+        if spec.fixed_length is not None:
+            return None
+        if not spec.decoder:
+            mask = batch.get("attention_mask")
+            return mask.bool() if mask is not None and mask.dim() == 2 and "input_ids" in batch else None
+        if "decoder_attention_mask" in batch:
+            return batch["decoder_attention_mask"].bool()
+        if "labels" in batch and "decoder_input_ids" not in batch:
+            return batch["labels"] != -100
+        name = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+        if name not in batch or self.model.config.pad_token_id is None:
+            return None
+        # The start token may be the padding token: real is what comes before the last token that is none.
+        text = batch[name] != self.model.config.pad_token_id
+        real = text.flip(1).cumsum(1).flip(1) > 0
+        real[:, 0] = True
+        return real
+
+    def _feed(self, statistic: Statistic, real: torch.Tensor | None, name: str) -> Callable[[torch.Tensor], None]:
+        def feed(inputs: torch.Tensor) -> None:
+            statistic.update(select_real(inputs, real, name))
+
+        return feed
+
+    # Data -------------------------------------------------------------------------------------------------------------
+
+    def _usable(self, batch: Any) -> Batch:
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(f"A batch must be a dict of tensors, got {type(batch).__name__}. For examples pass a list or a Dataset.")
+        usable = {k: v for k, v in batch.items() if k in self._accepted and isinstance(v, torch.Tensor)}
+        main = self.model.main_input_name
+        if not usable or (main not in usable and "inputs_embeds" not in usable):
+            raise CalibrationError(
+                f"{type(self.model).__name__} needs {main!r}, the calibration data have {sorted(map(str, batch))}. Pass text with "
+                "processing_class=tokenizer, or tokenised examples."
+            )
+        if self.model.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(usable):
+            if "labels" not in usable and any(spec.decoder for spec in self.units.stacks.values()):
+                raise CalibrationError("An encoder-decoder needs 'labels' or 'decoder_input_ids' in the calibration data.")
+        else:
+            usable.pop("labels", None)  # no statistic needs a loss
+        return usable
+
+    def _measure(self, batches: Sequence[Batch]) -> None:
+        digest = hashlib.sha256()
+        self.samples = 0
+        totals: dict[bool, float] = {}
+        for batch in batches:
+            size = len(next(iter(batch.values())))
+            self.samples += size
+            for name in sorted(batch):
+                digest.update(name.encode() + batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            for stack, spec in self.units.stacks.items():
+                real = self.real_tokens(batch, stack)
+                if real is not None:
+                    if not real.any(1).all():
+                        raise CalibrationError(f"An example of the calibration data is nothing but padding (input of {stack}): drop it.")
+                    tokens = float(real.sum())
+                elif spec.fixed_length is not None:
+                    tokens = float(spec.fixed_length(self.model.config) * size)
+                else:
+                    name = "decoder_input_ids" if spec.decoder and "decoder_input_ids" in batch else self.model.main_input_name
+                    shape = batch.get(name, batch.get("inputs_embeds", next(iter(batch.values())))).shape
+                    tokens = float(shape[0] * shape[1])
+                totals[spec.decoder] = totals.get(spec.decoder, 0.0) + tokens
+        self.fingerprint = digest.hexdigest()
+        self.tokens = int(sum(totals.values()))
+        lengths = [totals[side] / self.samples for side in sorted(totals)]
+        self.lengths = lengths[0], (lengths[1] if len(lengths) > 1 else None)
+
+
+def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> torch.Tensor:
+    """The rows of real tokens: (batch, tokens, columns) or (batch * tokens, columns) -> (real tokens, columns)."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    if real is None:
+        return rows
+    if real.numel() != len(rows):
+        raise CalibrationError(f"{name} saw {len(rows)} tokens where the attention mask has {real.numel()}: padding can't be told apart.")
+    return rows[real.flatten().to(rows.device)]
+
+
+def _is_batch(item: Any) -> bool:
+    """Whether an element of a list is a batch already, rather than one example."""
+    dims = {"input_ids": 2, "pixel_values": 4, "input_features": 3}
+    return isinstance(item, Mapping) and any(isinstance(item.get(k), torch.Tensor) and item[k].dim() == n for k, n in dims.items())
+
+
+def _whole_batches(loader: Iterable[Any], max_samples: int | None) -> list[Any]:
+    batches, left = [], float("inf") if max_samples is None else max_samples
+    for batch in loader:
+        if left <= 0:
+            break
+        if isinstance(batch, Mapping):
+            size = len(next(iter(batch.values())))
+            if size > left:
+                batch = {k: v[: int(left)] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+            left -= size
+        batches.append(batch)
+    return batches
+
+
+class _Reader:
+    """Turns examples into padded batches of similar length."""
+
+    def __init__(self, model: PreTrainedModel, processing_class: Any, text_column: str | None, max_length: int | None) -> None:
+        self.processing_class, self.text_column, self.main_input = processing_class, text_column, model.main_input_name
+        self.pad_token = getattr(processing_class, "pad_token_id", None)
+        if self.pad_token is None:
+            self.pad_token = getattr(model.config, "pad_token_id", None) or 0
+        limits = [
+            getattr(processing_class, "model_max_length", None),
+            getattr(model.config, "max_position_embeddings", None),
+            max_length,
+        ]
+        self.max_length = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
+
+    def batches(self, examples: Sequence[Any], batch_size: int) -> Iterator[Batch]:
+        items = [self._tensors(item) for item in self._tokenised(examples)]
+        items.sort(key=lambda item: max((len(v) for v in item.values() if v.dim()), default=0))
+        for start in range(0, len(items), batch_size):
+            yield self._collate(items[start : start + batch_size])
+
+    def _tokenised(self, examples: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+        for example in examples:
+            text = example
+            if isinstance(example, Mapping):
+                strings = [key for key, value in example.items() if isinstance(value, str)]
+                if not strings or self.main_input in example:
+                    yield example
+                    continue
+                text = self._text(example, strings)
+            if not isinstance(text, str):
+                raise CalibrationError(f"An example must be a string or a dict of model inputs, got {type(example).__name__}.")
+            if self.processing_class is None:
+                raise CalibrationError("The calibration data are text: pass processing_class=tokenizer.")
+            yield self.processing_class(text, truncation=self.max_length is not None, max_length=self.max_length)
+
+    def _text(self, example: Mapping[str, Any], strings: list[str]) -> Any:
+        if self.text_column is None and len(strings) > 1:
+            raise CalibrationError(f"There are several columns of text ({', '.join(strings)}): name one with text_column=.")
+        column = self.text_column or strings[0]
+        if column not in example:
+            raise ConfigError(f"text_column {column!r} is not in the data: {', '.join(map(str, example))}.")
+        return example[column]
+
+    def _tensors(self, item: Mapping[str, Any]) -> Batch:
+        tensors = {}
+        for key, value in item.items():
+            try:
+                tensors[key] = torch.as_tensor(value)
+            except (TypeError, ValueError, RuntimeError):
+                continue  # columns that are no numbers are no model inputs
+        return tensors
+
+    def _collate(self, items: list[Batch]) -> Batch:
+        batch = {}
+        for key in items[0]:
+            if not all(key in item for item in items):
+                raise CalibrationError(f"Some examples have {key!r} and some have not.")
+            values = [item[key] for item in items]
+            if values[0].dim() == 1:
+                batch[key] = pad_sequence(values, batch_first=True, padding_value=_PADDING.get(key, self.pad_token))
+            elif len({value.shape for value in values}) == 1:
+                batch[key] = torch.stack(values)
+            else:
+                raise CalibrationError(f"The examples have {key!r} of different shapes: pass batches (a DataLoader) instead.")
+        if "attention_mask" not in batch and "input_ids" in batch and len({len(item["input_ids"]) for item in items}) > 1:
+            batch["attention_mask"] = pad_sequence([torch.ones_like(item["input_ids"]) for item in items], batch_first=True)
+        return batch

@@ -1,0 +1,220 @@
+"""What every one-shot method shares: a config, a pruner, and the registry that joins them."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Generic, TypeVar
+
+from transformers import PreTrainedModel
+
+from ..calibration import Calibrator
+from ..costs import DEFAULT_LENGTH, CostTable
+from ..errors import ConfigError, unknown
+from ..masks import PruningMask
+from ..selection import Allocation, Selector, check_budget
+from ..units import Kind, PrunableUnits
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The source of a method, for reports and model cards.
+
+    Args:
+        title, venue, arxiv (`str`): Title, venue with year, and arXiv id.
+    """
+
+    title: str
+    venue: str
+    arxiv: str
+
+
+@dataclass(kw_only=True)
+class PruningConfig:
+    """Options of all structured one-shot methods.
+
+    Args:
+        budget (`dict[str, float]`): The most that the pruned model may cost, by metric: `{"macs": 0.6}` keeps at most 60 % of the
+            multiply-accumulates, `{"params": 40_000_000}` at most that many parameters. Metrics: `"macs"`, `"params"`,
+            `"memory"` (bytes of weights). Several limits hold at once.
+        allocation (`"global"` or `"uniform"`, *optional*, defaults to `"global"`): Whether units compete over all layers, or each
+            layer keeps equally many, in numbers that a stock config holds, so that plain transformers loads the result.
+        multiple_of (`int`, *optional*, defaults to 1): Keep a multiple of this many neurons in each layer.
+        exclude (`tuple[str, ...]`, *optional*): Shell patterns of unit groups that stay whole: `("encoder.layer.0.*",)`.
+        sequence_length (`float`, *optional*): Tokens per example for MACs. Defaults to the mean of the calibration data, to 128
+            without data.
+        target_length (`float`, *optional*): The same for a decoder that follows an encoder.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+
+    method: ClassVar[str]
+
+    budget: dict[str, float]
+    allocation: Allocation = "global"
+    multiple_of: int = 1
+    exclude: tuple[str, ...] = ()
+    sequence_length: float | None = None
+    target_length: float | None = None
+
+    def __post_init__(self) -> None:
+        check_budget(self.budget)
+        self.check_choice("allocation", ("global", "uniform"))
+        if type(self.multiple_of) is not int or self.multiple_of < 1:
+            raise ConfigError(f"multiple_of must be a whole number of at least 1, got {self.multiple_of!r}.")
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ConfigError(f"exclude must be a tuple of shell patterns, got {self.exclude!r}.")
+        self.exclude = tuple(self.exclude)
+        for name in ("sequence_length", "target_length"):
+            if getattr(self, name) is not None:
+                self.check_positive(name)
+
+    def check_choice(self, name: str, legal: tuple[Any, ...]) -> None:
+        """Raise unless an option is one of the legal values."""
+        if getattr(self, name) not in legal:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {getattr(self, name)!r}.")
+
+    def check_positive(self, name: str) -> None:
+        """Raise unless an option is a positive finite number."""
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form, with the name of the method."""
+        return {"method": self.method, **asdict(self), "exclude": list(self.exclude)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "PruningConfig":
+        """The config of the method that `data["method"]` names.
+
+        Raises:
+            ConfigError: The method or an option is unknown, or out of range.
+        """
+        options = dict(data)
+        cls = get_pruner(str(options.pop("method", ""))).config_class
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(unknown(f"option of {cls.__name__}", name, known))
+        if "budget" not in options:
+            raise ConfigError(f'{cls.__name__} needs a budget such as {{"macs": 0.6}}.')
+        return cls(**options)
+
+
+C = TypeVar("C", bound=PruningConfig)
+
+
+class Pruner(ABC, Generic[C]):
+    """A one-shot structured method. It decides on a mask, and may refit weight values; it changes no shapes.
+
+    Args:
+        config ([`PruningConfig`]): Its options.
+
+    Attributes:
+        name (`str`): Its name in configs, reports and on the command line.
+        config_class (`type`): Its config.
+        kinds (`tuple[str, ...]`): The kinds of units that it prunes.
+        needs_data (`bool`): It needs calibration data.
+        paper ([`Paper`], *optional*): Its source.
+        facts (`dict`): What a report shall say about a run beyond config and costs.
+    """
+
+    name: ClassVar[str]
+    config_class: ClassVar[type[PruningConfig]]
+    kinds: ClassVar[tuple[Kind, ...]] = ("heads", "neurons")
+    needs_data: ClassVar[bool] = True
+    paper: ClassVar[Paper | None] = None
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+        self.facts: dict[str, Any] = {}
+
+    @abstractmethod
+    def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
+        """Decide what stays.
+
+        Args:
+            model (`PreTrainedModel`): The model, unmasked. Weight values may change, as the last step, once nothing can fail.
+            units ([`PrunableUnits`]): Its units.
+            calibrator ([`Calibrator`], *optional*): The data, `None` only where `needs_data` is `False`.
+        """
+
+    def cost_table(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> CostTable:
+        """Costs at the lengths of the config, or else of the calibration data."""
+        length, target = calibrator.lengths if calibrator is not None else (DEFAULT_LENGTH, None)
+        return CostTable(
+            model,
+            units,
+            sequence_length=self.config.sequence_length or length,
+            target_length=self.config.target_length or self.config.sequence_length or target,
+        )
+
+    def selector(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> Selector:
+        """A selector with the options of the config. Raises before any computation if the budget can't be met."""
+        return Selector(
+            self.cost_table(model, units, calibrator),
+            self.config.budget,
+            self.kinds,
+            allocation=self.config.allocation,
+            multiple_of=self.config.multiple_of,
+            exclude=self.config.exclude,
+            config=model.config,
+        )
+
+
+_PRUNERS: dict[str, type[Pruner[Any]]] = {}
+P = TypeVar("P", bound=type[Pruner[Any]])
+
+
+def register_pruner(name: str, config_class: type[PruningConfig]) -> Callable[[P], P]:
+    """Class decorator that makes a method known by its config and its name.
+
+    Args:
+        name (`str`): Lower case, unique.
+        config_class (`type`): Its config, used by no other method.
+
+    Raises:
+        ConfigError: The name or the config is taken, or malformed.
+
+    Examples:
+        ```python
+        @register_pruner("mine", MyConfig)
+        class MyPruner(Pruner[MyConfig]):
+            def prune(self, model, units, calibrator):
+                selector = self.selector(model, units, calibrator)
+                return selector.select({group.name: my_scores(group) for group in selector.groups})
+        ```
+    """
+    if name != name.lower() or not name.isidentifier():
+        raise ConfigError(f"The name of a method is a lower-case identifier, got {name!r}.")
+    if not issubclass(config_class, PruningConfig):
+        raise ConfigError(f"The config of {name!r} must subclass PruningConfig, got {config_class.__name__}.")
+
+    def register(cls: P) -> P:
+        for other in _PRUNERS.values():
+            if other.__qualname__ != cls.__qualname__ and (other.name == name or other.config_class is config_class):
+                raise ConfigError(f"{name!r} with {config_class.__name__} collides with the method {other.name!r}.")
+        cls.name, cls.config_class = name, config_class
+        config_class.method = name
+        _PRUNERS[name] = cls
+        return cls
+
+    return register
+
+
+def get_pruner(name: str) -> type[Pruner[Any]]:
+    """The method of a name.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if name not in _PRUNERS:
+        raise ConfigError(unknown("pruning method", name, _PRUNERS))
+    return _PRUNERS[name]
+
+
+def known_pruners() -> list[str]:
+    """Names of the registered methods, sorted."""
+    return sorted(_PRUNERS)

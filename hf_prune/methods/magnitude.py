@@ -1,0 +1,35 @@
+"""Weight magnitude: keep the units whose output weights are largest. Needs no data."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..calibration import Calibrator
+from ..masks import PruningMask
+from ..units import PrunableUnits, output_matrix, site
+from .base import Pruner, PruningConfig, register_pruner
+
+
+@dataclass(kw_only=True)
+class MagnitudeConfig(PruningConfig):
+    """Structured magnitude pruning. See [`PruningConfig`] for the options."""
+
+
+def output_energy(matrix: torch.Tensor, units: int) -> torch.Tensor:
+    """Squared Frobenius norm of what each unit writes: (columns, outputs) -> (units,)."""
+    return matrix.detach().float().square().sum(1).reshape(units, -1).sum(1)
+
+
+@register_pruner("magnitude", MagnitudeConfig)
+class MagnitudePruner(Pruner[MagnitudeConfig]):
+    """Scores a unit by the squared Frobenius norm of its columns in the output projection.
+
+    Per cost, as units are ranked, this is about the mean square of a weight: heads and neurons share one scale.
+    """
+
+    needs_data = False
+
+    def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
+        selector = self.selector(model, units, calibrator)
+        return selector.select({g.name: output_energy(output_matrix(site(model, g)), g.size) for g in selector.groups})

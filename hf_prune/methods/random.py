@@ -1,0 +1,42 @@
+"""Random units: the baseline that every score must beat. Needs no data."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from ..calibration import Calibrator
+from ..errors import ConfigError
+from ..masks import PruningMask
+from ..units import PrunableUnits
+from .base import Pruner, PruningConfig, register_pruner
+
+
+@dataclass(kw_only=True)
+class RandomConfig(PruningConfig):
+    """Random structured pruning. See [`PruningConfig`] for the other options.
+
+    Args:
+        seed (`int`, *optional*, defaults to 0): Of the scores; the same seed gives the same mask everywhere.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if type(self.seed) is not int or self.seed < 0:
+            raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}.")
+
+
+@register_pruner("random", RandomConfig)
+class RandomPruner(Pruner[RandomConfig]):
+    """Scores a unit by a uniform random number times its cost, so that heads and neurons are hit alike."""
+
+    needs_data = False
+
+    def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
+        selector = self.selector(model, units, calibrator)
+        generator = torch.Generator().manual_seed(self.config.seed)
+        return selector.select(
+            {g.name: torch.rand(g.size, generator=generator) * selector.unit_weight(g) for g in selector.groups}
+        )

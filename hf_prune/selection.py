@@ -1,0 +1,291 @@
+"""Scores and a budget in, a mask out."""
+
+import copy
+import math
+from bisect import bisect_right
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from .costs import METRICS, Costs, CostTable, Metric
+from .errors import CalibrationError, ConfigError, InfeasibleBudgetError, unknown
+from .masks import PruningMask
+from .units import Kind, UnitGroup
+
+Allocation = Literal["global", "uniform"]
+
+
+def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, float]:
+    """The most that a pruned model may cost, in absolute numbers.
+
+    Args:
+        budget (`dict[str, float]`): For `"macs"`, `"params"` or `"memory"` the kept ratio, in (0, 1], or an absolute whole number.
+        dense ([`Costs`]): Costs of the unpruned model.
+
+    Raises:
+        ConfigError: The budget is empty, names an unknown metric, is out of range, or above the cost of the dense model.
+    """
+    check_budget(budget)
+    limits: dict[Metric, float] = {}
+    for metric in METRICS:
+        if metric in budget:
+            value = float(budget[metric])
+            limits[metric] = value * dense[metric] if value <= 1 else value
+            if limits[metric] > dense[metric]:
+                raise ConfigError(
+                    f"budget[{metric!r}] = {budget[metric]:,} is more than the {dense[metric]:,.0f} that the model costs already."
+                )
+    return limits
+
+
+def check_budget(budget: Any) -> None:
+    """Raise unless a budget is well-formed, see [`resolve_budget`].
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if not isinstance(budget, Mapping) or not budget:
+        raise ConfigError(f'budget must be a dict such as {{"macs": 0.6}}, got {budget!r}.')
+    for metric, value in budget.items():
+        if metric not in METRICS:
+            raise ConfigError(unknown("metric in budget", metric, METRICS))
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value <= 0 or (value > 1 and value != int(value)):
+            raise ConfigError(
+                f"budget[{metric!r}] must be the ratio to keep, in (0, 1], or an absolute whole number above 1, got {value!r}."
+            )
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """What can be added to a mask: runs of units of one group, best first, flattened over the groups."""
+
+    group: torch.Tensor  # index of the group
+    count: torch.Tensor  # units in the block
+    score: torch.Tensor  # sum of their scores
+    first: torch.Tensor  # the first block of its group, always kept
+
+
+class Selector:
+    """Turns scores into the mask that keeps the most under a budget.
+
+    The first unit of every group is kept: a layer never loses all its heads or neurons. With `allocation="global"` units compete
+    over all layers by score per cost. With `"uniform"` each layer keeps as many as the others of its stack, in numbers that the
+    stock config can hold, so that plain transformers loads the result; heads stay whole where it can't hold fewer.
+
+    Args:
+        table ([`CostTable`]): Costs of the model.
+        budget (`dict[str, float]`): See [`resolve_budget`]. Several limits hold at once.
+        kinds (`tuple[str, ...]`): Kinds of units that may be pruned: `"heads"`, `"neurons"`.
+        allocation (`"global"` or `"uniform"`, *optional*, defaults to `"global"`): See above.
+        multiple_of (`int`, *optional*, defaults to 1): Each layer keeps a multiple of this many neurons (or all of them).
+        exclude (`tuple[str, ...]`, *optional*): Shell patterns of group names that stay whole.
+        config (`PreTrainedConfig`, *optional*): Config of the model, for `"uniform"`.
+
+    Raises:
+        ConfigError: An option is wrong, or there is nothing left to prune.
+        InfeasibleBudgetError: The budget lies below the floor.
+    """
+
+    def __init__(
+        self,
+        table: CostTable,
+        budget: Mapping[str, float],
+        kinds: tuple[Kind, ...] = ("heads", "neurons"),
+        *,
+        allocation: Allocation = "global",
+        multiple_of: int = 1,
+        exclude: tuple[str, ...] = (),
+        config: Any = None,
+    ) -> None:
+        self.table, self.units = table, table.units
+        self.dense = table.of()
+        self.limits = resolve_budget(budget, self.dense)
+        excluded = self.units.matching(exclude)
+        self.groups = [g for g in self.units.of_kind(*kinds) if g.prunable and g.size and g.name not in excluded]
+        self.multiple_of, self.allocation = multiple_of, allocation
+        if allocation == "uniform":
+            self.classes = self._uniform_classes(config)
+            floor = {key: counts[0] for key, (_, counts) in self.classes.items()}
+            least = self._costs({g.name: floor[key] for key, (members, _) in self.classes.items() for g in members})
+            self.groups = [group for members, _ in self.classes.values() for group in members]
+        else:
+            least = self._costs({g.name: min(self._step(g), g.size) for g in self.groups})
+        if not self.groups:
+            raise ConfigError(self._nothing_left(kinds, excluded))
+        self._check_floor(least)
+
+    def select(self, scores: Mapping[str, torch.Tensor]) -> PruningMask:
+        """The mask for these scores.
+
+        Args:
+            scores (`dict[str, torch.Tensor]`): For each of `self.groups` the importance of its units, of shape (units,), higher
+                is better, on one scale for all groups.
+
+        Raises:
+            CalibrationError: A score is NaN or infinite.
+        """
+        values = {}
+        for group in self.groups:
+            values[group.name] = scores[group.name].detach().to("cpu", torch.float64)
+            if not values[group.name].isfinite().all():
+                raise CalibrationError(f"The scores of {group.name} are not finite: check its weights and the calibration data.")
+        counts = self._uniform_counts() if self.allocation == "uniform" else self._global_counts(values)
+        keep = {}
+        for group in self.groups:
+            best = values[group.name].sort(descending=True, stable=True).indices[: counts[group.name]]
+            keep[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, best, True)
+        return PruningMask(keep, self.units)
+
+    def unit_weight(self, group: UnitGroup) -> float:
+        """The share of the budget that one unit of a group takes, averaged over the metrics."""
+        return sum(self.table.unit[group.name][m] / limit for m, limit in self.limits.items()) / len(self.limits)
+
+    # Costs ------------------------------------------------------------------------------------------------------------
+
+    def _step(self, group: UnitGroup) -> int:
+        return self.multiple_of if group.kind == "neurons" else 1
+
+    def _costs(self, counts: Mapping[str, int]) -> Costs:
+        """Costs when the groups in `counts` keep that many units, and the others all."""
+        lost = (self.table.unit[name] * (self.units[name].size - count) for name, count in counts.items())
+        return self.dense - sum(lost, Costs())
+
+    def _fits(self, costs: Costs) -> bool:
+        # A hair below the limit: sums of floats in another order must not exceed it.
+        return all(costs[m] <= limit * (1 - 1e-12) or limit >= self.dense[m] for m, limit in self.limits.items())
+
+    def _check_floor(self, least: Costs) -> None:
+        if self._fits(least):
+            return
+        for metric, limit in self.limits.items():
+            if least[metric] > limit:
+                ratio = math.ceil(least[metric] / self.dense[metric] * 1e4) / 1e4
+                what = " and ".join(sorted({group.kind for group in self.groups}))
+                raise InfeasibleBudgetError(
+                    f"A budget of {limit:,.0f} {metric} ({limit / self.dense[metric]:.4f} of the dense model) can't be met by pruning "
+                    f"{what} ({self.allocation} allocation, at n = {', '.join(f'{n:g}' for n in self.table.lengths.values())} tokens): "
+                    f"the least is {least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
+                )
+        raise InfeasibleBudgetError(f"The budget {dict(self.limits)} is met by nothing but its exact floor: raise it a little.")
+
+    # Global -----------------------------------------------------------------------------------------------------------
+
+    def _global_counts(self, values: Mapping[str, torch.Tensor]) -> dict[str, int]:
+        blocks = self._blocks(values)
+        metrics = list(self.limits)
+        unit = torch.tensor([[self.table.unit[g.name][m] for m in metrics] for g in self.groups], dtype=torch.float64)
+        cost = unit[blocks.group] * blocks.count[:, None]
+        limit = torch.tensor([self.limits[m] for m in metrics], dtype=torch.float64)
+        dense = torch.tensor([self.dense[m] for m in metrics], dtype=torch.float64)
+        limit = torch.where(limit < dense, limit * (1 - 1e-12), limit * (1 + 1e-12))
+        slack = limit - (dense - cost[~blocks.first].sum(0))
+
+        density = blocks.score / (cost / limit).mean(1)
+        order = density.masked_fill(blocks.first, -math.inf).sort(descending=True, stable=True).indices
+        order = order[: int((~blocks.first).sum())]
+        prefix = int((cost[order].cumsum(0) <= slack).all(1).sum())
+        taken = blocks.first.clone()
+        taken[order[:prefix]] = True
+        slack = slack - cost[order[:prefix]].sum(0)
+        # What the next best unit leaves of the budget goes to the best of the cheaper ones, one group after another.
+        rest = order[prefix:]
+        while len(rest := rest[(cost[rest] <= slack).all(1)]):
+            following = _first_of_each(blocks.group[rest])
+            best = rest[following][density[rest[following]].argmax()]
+            taken[best] = True
+            slack = slack - cost[best]
+            rest = rest[rest != best]
+        counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(0, blocks.group[taken], blocks.count[taken])
+        return {group.name: int(n) for group, n in zip(self.groups, counts, strict=True)}
+
+    def _blocks(self, values: Mapping[str, torch.Tensor]) -> _Blocks:
+        group, count, score, first = [], [], [], []
+        for index, g in enumerate(self.groups):
+            step = self._step(g)
+            full = max(g.size // step, 1)
+            sizes = [step] * (full - 1) + [g.size - step * (full - 1)]  # the worst block takes what is left over
+            runs = values[g.name].sort(descending=True).values.split(sizes)
+            group.append(torch.full((len(runs),), index))
+            count.append(torch.tensor([len(run) for run in runs]))
+            score.append(torch.stack([run.sum() for run in runs]) if step > 1 else torch.cat(runs))
+            first.append(torch.arange(len(runs)) == 0)
+        return _Blocks(*(torch.cat(column) for column in (group, count, score, first)))
+
+    # Uniform ----------------------------------------------------------------------------------------------------------
+
+    def _uniform_classes(self, config: Any) -> dict[str, tuple[list[UnitGroup], list[int]]]:
+        """Groups that share one number in the stock config, and the numbers that it accepts, ascending."""
+        names = {group.name for group in self.groups}
+        classes: dict[str, tuple[list[UnitGroup], list[int]]] = {}
+        for stack in self.units.stacks.values():
+            for kind, attribute in (("heads", stack.config_heads), ("neurons", stack.config_neurons)):
+                members = [g for g in self.units.of_kind(kind) if g.stack == stack.layers]  # type: ignore[arg-type]
+                chosen = [g for g in members if g.name in names]
+                if not attribute or not chosen:
+                    continue
+                if len(chosen) < len(members):
+                    missing = next(g.name for g in members if g.name not in names)
+                    raise ConfigError(f"allocation='uniform' needs all {kind} of {stack.layers}, but {missing} is excluded.")
+                members = classes.get(attribute, ([], []))[0] + members
+                size = min(g.size for g in members)
+                counts = _stock_head_counts(config, stack, members[0], size) if kind == "heads" else self._widths(size)
+                classes[attribute] = members, counts
+        return {key: value for key, value in classes.items() if value[1]}
+
+    def _widths(self, size: int) -> list[int]:
+        return [*range(self.multiple_of, size, self.multiple_of), size]
+
+    def _uniform_counts(self) -> dict[str, int]:
+        def at(ratio: float) -> dict[str, int]:
+            return {key: counts[max(bisect_right(counts, ratio * counts[-1]) - 1, 0)] for key, (_, counts) in self.classes.items()}
+
+        def fits(chosen: Mapping[str, int]) -> bool:
+            return self._fits(self._costs({g.name: chosen[key] for key, (members, _) in self.classes.items() for g in members}))
+
+        ratios = sorted({count / counts[-1] for _, counts in self.classes.values() for count in counts})
+        low, high = 0, len(ratios)  # the largest ratio that fits lies in [low, high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(at(ratios[middle])) else (low, middle)
+        chosen = at(ratios[low])
+        for key, (_, counts) in sorted(self.classes.items(), key=lambda item: len(item[1][1])):
+            for count in counts:  # widen one kind where both together are too much
+                if count > chosen[key] and fits({**chosen, key: count}):
+                    chosen[key] = count
+        return {g.name: chosen[key] for key, (members, _) in self.classes.items() for g in members}
+
+    def _nothing_left(self, kinds: tuple[Kind, ...], excluded: set[str]) -> str:
+        what, family = " and ".join(kinds), self.units.model_type
+        if excluded:
+            return f"exclude leaves no {what} to prune."
+        if self.allocation == "uniform":
+            return f"The stock config of {family} can't hold fewer {what}: use allocation='global' (loads with `import hf_prune`)."
+        return f"There are no {what} to prune in this {family} model{': ' + n if (n := self.units.architecture.note) else ''}."
+
+
+def _first_of_each(group: torch.Tensor) -> torch.Tensor:
+    """Positions at which a group index occurs for the first time."""
+    _, inverse = group.unique(return_inverse=True)
+    first = torch.full((int(inverse.max()) + 1,), len(group))
+    return first.scatter_reduce(0, inverse, torch.arange(len(group)), "amin")
+
+
+def _stock_head_counts(config: Any, stack: Any, group: UnitGroup, size: int) -> list[int]:
+    """Numbers of heads (KV groups) that a config accepts when it is created, as it is when a checkpoint is loaded."""
+    head_dim = int(getattr(config, stack.config_head_dim, 0) or config.hidden_size // config.num_attention_heads)
+    accepted = []
+    for count in range(1, size + 1):
+        candidate = copy.deepcopy(config)
+        try:
+            setattr(candidate, stack.config_heads, count * group.width // head_dim)
+            if stack.config_kv_heads:
+                setattr(candidate, stack.config_kv_heads, count)
+            setattr(candidate, stack.config_head_dim, head_dim)
+            type(candidate).from_dict(candidate.to_dict())
+        except ValueError:
+            continue
+        accepted.append(count)
+    return accepted
