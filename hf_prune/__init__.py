@@ -1,0 +1,143 @@
+"""hf_prune: make Hugging Face transformers physically smaller and faster, and load them again with one line.
+
+Importing hf_prune lets `from_pretrained` load checkpoints that it shrunk; everything else is imported on first use.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from .layout import enable as _enable
+
+if TYPE_CHECKING:
+    from .architectures import (
+        Architecture,
+        AttentionSpec,
+        FeedForwardSpec,
+        StackSpec,
+        known_model_types,
+        register_architecture,
+    )
+    from .calibration import Calibrator
+    from .costs import Costs, CostTable, model_costs
+    from .errors import (
+        CalibrationError,
+        ConfigError,
+        InfeasibleBudgetError,
+        LayoutError,
+        MaskError,
+        PruningError,
+        SaveError,
+        UnsupportedModelError,
+    )
+    from .gates import apply_mask, current_mask, remove_mask
+    from .hub import save_pretrained
+    from .masks import PruningMask
+    from .methods import (
+        KCMConfig,
+        MagnitudeConfig,
+        Paper,
+        Pruner,
+        PruningConfig,
+        RandomConfig,
+        known_pruners,
+        register_pruner,
+    )
+    from .modeling import (
+        AutoPrunableModel,
+        AutoPrunableModelForCausalLM,
+        AutoPrunableModelForImageClassification,
+        AutoPrunableModelForMaskedLM,
+        AutoPrunableModelForMultipleChoice,
+        AutoPrunableModelForQuestionAnswering,
+        AutoPrunableModelForSeq2SeqLM,
+        AutoPrunableModelForSequenceClassification,
+        AutoPrunableModelForSpeechSeq2Seq,
+        AutoPrunableModelForTokenClassification,
+        PruningMixin,
+        prunable,
+    )
+    from .pruning import PruningResult, prune
+    from .reconstruction import reconstruct
+    from .report import PruningReport
+    from .surgery import shrink
+    from .units import PrunableUnits, UnitGroup, prunable_units
+    from .verification import verify_architecture
+
+_MODULES = {
+    "architectures": (
+        "Architecture",
+        "AttentionSpec",
+        "FeedForwardSpec",
+        "StackSpec",
+        "known_model_types",
+        "register_architecture",
+    ),
+    "calibration": ("Calibrator",),
+    "costs": ("CostTable", "Costs", "model_costs"),
+    "errors": (
+        "CalibrationError",
+        "ConfigError",
+        "InfeasibleBudgetError",
+        "LayoutError",
+        "MaskError",
+        "PruningError",
+        "SaveError",
+        "UnsupportedModelError",
+    ),
+    "gates": ("apply_mask", "current_mask", "remove_mask"),
+    "hub": ("save_pretrained",),
+    "masks": ("PruningMask",),
+    "methods": (
+        "KCMConfig",
+        "MagnitudeConfig",
+        "Paper",
+        "Pruner",
+        "PruningConfig",
+        "RandomConfig",
+        "known_pruners",
+        "register_pruner",
+    ),
+    "modeling": (
+        "AutoPrunableModel",
+        "AutoPrunableModelForCausalLM",
+        "AutoPrunableModelForImageClassification",
+        "AutoPrunableModelForMaskedLM",
+        "AutoPrunableModelForMultipleChoice",
+        "AutoPrunableModelForQuestionAnswering",
+        "AutoPrunableModelForSeq2SeqLM",
+        "AutoPrunableModelForSequenceClassification",
+        "AutoPrunableModelForSpeechSeq2Seq",
+        "AutoPrunableModelForTokenClassification",
+        "PruningMixin",
+        "prunable",
+    ),
+    "pruning": ("PruningResult", "prune"),
+    "reconstruction": ("reconstruct",),
+    "report": ("PruningReport",),
+    "surgery": ("shrink",),
+    "units": ("PrunableUnits", "UnitGroup", "prunable_units"),
+    "verification": ("verify_architecture",),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+
+try:
+    __version__ = _version("hf_prune")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0.0.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+_enable()

@@ -118,12 +118,13 @@ def _token_ids(
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
     if longest is not None and shape[1] > longest:
         raise ConfigError(f"A {config.model_type} of {longest} positions has no room for sequence_length={shape[1]}.")
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    eos = getattr(config, "eos_token_id", None)
+    ends = eos if isinstance(eos, list) else [eos]
     # Padding and end tokens steer some heads to one position, and the first ids are special in most vocabularies.
-    special = {0, 1, 2, config.pad_token_id, config.bos_token_id, *ends}
+    special = {0, 1, 2, getattr(config, "pad_token_id", None), *ends}
     plain = torch.tensor([i for i in range(config.vocab_size) if i not in special] or range(config.vocab_size))
     ids = plain[torch.randint(len(plain), shape, generator=generator)]
-    if config.is_encoder_decoder and ends[0] is not None:
+    if config.is_encoder_decoder and eos is not None:
         ids[:, -1] = ends[0]  # BART's classifier reads the state at the end token
     return ids
 

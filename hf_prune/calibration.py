@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from .errors import CalibrationError, ConfigError
 from .gates import LayerCalls, observe, record_calls
-from .units import PrunableUnits, base_model, prunable_units
+from .units import base_model, prunable_units
 
 Batch = dict[str, torch.Tensor]
 _PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": -100}
@@ -121,7 +121,9 @@ class Calibrator:
         self.units = prunable_units(model)
         self._accepted = set(inspect.signature(model.forward).parameters)
         if isinstance(data, str | Mapping):
-            raise CalibrationError(f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset or a DataLoader.")
+            raise CalibrationError(
+                f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset or a DataLoader."
+            )
         if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or _is_batch(next(iter(data), None)):
             batches = _whole_batches(data, max_samples)
         else:
@@ -137,6 +139,15 @@ class Calibrator:
     def __len__(self) -> int:
         return self.samples
 
+    def describe(self) -> dict[str, Any]:
+        """What a report says about the data."""
+        return {
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "mean_length": self.lengths[0],
+            "sha256": self.fingerprint,
+        }
+
     # Running ----------------------------------------------------------------------------------------------------------
 
     def batches(self, description: str) -> Iterator[tuple[int, Batch]]:
@@ -149,7 +160,9 @@ class Calibrator:
         """One forward pass without a KV cache."""
         return self.model(**batch, **({"use_cache": False} if "use_cache" in self._accepted else {}))
 
-    def collect(self, statistics: Mapping[str, Statistic], description: str = "calibrate", record: bool = False) -> list[dict[str, LayerCalls]]:
+    def collect(
+        self, statistics: Mapping[str, Statistic], description: str = "calibrate", record: bool = False
+    ) -> list[dict[str, LayerCalls]]:
         """Fill statistics in one pass over the data.
 
         Args:
@@ -166,7 +179,10 @@ class Calibrator:
         base, calls = base_model(self.model), []
         with self.evaluating():
             for _, batch in self.batches(description):
-                feeds = {name: self._feed(statistic, self.real_tokens(batch, self.units[name].stack), name) for name, statistic in statistics.items()}
+                feeds = {
+                    name: self._feed(statistic, self.real_tokens(batch, self.units[name].stack), name)
+                    for name, statistic in statistics.items()
+                }
                 with observe(base, feeds), record_calls(base, self.units.stacks if record else ()) as recorded:
                     self.forward(batch)
                 if record:
@@ -232,7 +248,9 @@ class Calibrator:
 
     def _usable(self, batch: Any) -> Batch:
         if not isinstance(batch, Mapping):
-            raise CalibrationError(f"A batch must be a dict of tensors, got {type(batch).__name__}. For examples pass a list or a Dataset.")
+            raise CalibrationError(
+                f"A batch must be a dict of tensors, got {type(batch).__name__}. For examples pass a list or a Dataset."
+            )
         usable = {k: v for k, v in batch.items() if k in self._accepted and isinstance(v, torch.Tensor)}
         main = self.model.main_input_name
         if not usable or (main not in usable and "inputs_embeds" not in usable):
@@ -242,7 +260,9 @@ class Calibrator:
             )
         if self.model.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(usable):
             if "labels" not in usable and any(spec.decoder for spec in self.units.stacks.values()):
-                raise CalibrationError("An encoder-decoder needs 'labels' or 'decoder_input_ids' in the calibration data.")
+                raise CalibrationError(
+                    "An encoder-decoder needs 'labels' or 'decoder_input_ids' in the calibration data."
+                )
         else:
             usable.pop("labels", None)  # no statistic needs a loss
         return usable
@@ -255,17 +275,25 @@ class Calibrator:
             size = len(next(iter(batch.values())))
             self.samples += size
             for name in sorted(batch):
-                digest.update(name.encode() + batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+                digest.update(
+                    name.encode() + batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+                )
             for stack, spec in self.units.stacks.items():
                 real = self.real_tokens(batch, stack)
                 if real is not None:
                     if not real.any(1).all():
-                        raise CalibrationError(f"An example of the calibration data is nothing but padding (input of {stack}): drop it.")
+                        raise CalibrationError(
+                            f"An example of the calibration data is nothing but padding (input of {stack}): drop it."
+                        )
                     tokens = float(real.sum())
                 elif spec.fixed_length is not None:
                     tokens = float(spec.fixed_length(self.model.config) * size)
                 else:
-                    name = "decoder_input_ids" if spec.decoder and "decoder_input_ids" in batch else self.model.main_input_name
+                    name = (
+                        "decoder_input_ids"
+                        if spec.decoder and "decoder_input_ids" in batch
+                        else self.model.main_input_name
+                    )
                     shape = batch.get(name, batch.get("inputs_embeds", next(iter(batch.values())))).shape
                     tokens = float(shape[0] * shape[1])
                 totals[spec.decoder] = totals.get(spec.decoder, 0.0) + tokens
@@ -281,14 +309,18 @@ def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> t
     if real is None:
         return rows
     if real.numel() != len(rows):
-        raise CalibrationError(f"{name} saw {len(rows)} tokens where the attention mask has {real.numel()}: padding can't be told apart.")
+        raise CalibrationError(
+            f"{name} saw {len(rows)} tokens where the attention mask has {real.numel()}: padding can't be told apart."
+        )
     return rows[real.flatten().to(rows.device)]
 
 
 def _is_batch(item: Any) -> bool:
     """Whether an element of a list is a batch already, rather than one example."""
     dims = {"input_ids": 2, "pixel_values": 4, "input_features": 3}
-    return isinstance(item, Mapping) and any(isinstance(item.get(k), torch.Tensor) and item[k].dim() == n for k, n in dims.items())
+    return isinstance(item, Mapping) and any(
+        isinstance(item.get(k), torch.Tensor) and item[k].dim() == n for k, n in dims.items()
+    )
 
 
 def _whole_batches(loader: Iterable[Any], max_samples: int | None) -> list[Any]:
@@ -308,7 +340,9 @@ def _whole_batches(loader: Iterable[Any], max_samples: int | None) -> list[Any]:
 class _Reader:
     """Turns examples into padded batches of similar length."""
 
-    def __init__(self, model: PreTrainedModel, processing_class: Any, text_column: str | None, max_length: int | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, processing_class: Any, text_column: str | None, max_length: int | None
+    ) -> None:
         self.processing_class, self.text_column, self.main_input = processing_class, text_column, model.main_input_name
         self.pad_token = getattr(processing_class, "pad_token_id", None)
         if self.pad_token is None:
@@ -336,14 +370,18 @@ class _Reader:
                     continue
                 text = self._text(example, strings)
             if not isinstance(text, str):
-                raise CalibrationError(f"An example must be a string or a dict of model inputs, got {type(example).__name__}.")
+                raise CalibrationError(
+                    f"An example must be a string or a dict of model inputs, got {type(example).__name__}."
+                )
             if self.processing_class is None:
                 raise CalibrationError("The calibration data are text: pass processing_class=tokenizer.")
             yield self.processing_class(text, truncation=self.max_length is not None, max_length=self.max_length)
 
     def _text(self, example: Mapping[str, Any], strings: list[str]) -> Any:
         if self.text_column is None and len(strings) > 1:
-            raise CalibrationError(f"There are several columns of text ({', '.join(strings)}): name one with text_column=.")
+            raise CalibrationError(
+                f"There are several columns of text ({', '.join(strings)}): name one with text_column=."
+            )
         column = self.text_column or strings[0]
         if column not in example:
             raise ConfigError(f"text_column {column!r} is not in the data: {', '.join(map(str, example))}.")
@@ -369,7 +407,15 @@ class _Reader:
             elif len({value.shape for value in values}) == 1:
                 batch[key] = torch.stack(values)
             else:
-                raise CalibrationError(f"The examples have {key!r} of different shapes: pass batches (a DataLoader) instead.")
-        if "attention_mask" not in batch and "input_ids" in batch and len({len(item["input_ids"]) for item in items}) > 1:
-            batch["attention_mask"] = pad_sequence([torch.ones_like(item["input_ids"]) for item in items], batch_first=True)
+                raise CalibrationError(
+                    f"The examples have {key!r} of different shapes: pass batches (a DataLoader) instead."
+                )
+        if (
+            "attention_mask" not in batch
+            and "input_ids" in batch
+            and len({len(item["input_ids"]) for item in items}) > 1
+        ):
+            batch["attention_mask"] = pad_sequence(
+                [torch.ones_like(item["input_ids"]) for item in items], batch_first=True
+            )
         return batch

@@ -19,7 +19,7 @@ from .errors import ConfigError
 from .gates import current_mask
 from .masks import PruningMask
 from .surgery import present_inputs
-from .units import PrunableUnits, Projection, UnitGroup, base_model, features, head_counts, prunable_units, projection
+from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, projection, prunable_units
 
 Metric = Literal["macs", "params", "memory"]
 METRICS: tuple[Metric, ...] = ("macs", "params", "memory")

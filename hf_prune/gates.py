@@ -112,7 +112,9 @@ def current_mask(model: PreTrainedModel) -> PruningMask | None:
         if group.kind == "layers":
             layers = base.get_submodule(group.name)
             assert isinstance(layers, nn.ModuleList)
-            kept = torch.tensor([not isinstance(getattr(layer, GATE, None), SkipGate) for layer in layers], dtype=torch.bool)
+            kept = torch.tensor(
+                [not isinstance(getattr(layer, GATE, None), SkipGate) for layer in layers], dtype=torch.bool
+            )
             if not kept.all():
                 keep[group.name] = kept
         else:
@@ -122,7 +124,9 @@ def current_mask(model: PreTrainedModel) -> PruningMask | None:
     return PruningMask(keep, units) if keep else None
 
 
-def masked_columns(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask) -> Iterator[tuple[UnitGroup, torch.Tensor]]:
+def masked_columns(
+    model: PreTrainedModel, units: PrunableUnits, mask: PruningMask
+) -> Iterator[tuple[UnitGroup, torch.Tensor]]:
     """Groups of heads and neurons with pruned units, each with the indices of the pruned input columns of its site."""
     for group in units.of_kind("heads", "neurons"):
         if not mask[group.name].all():

@@ -55,13 +55,19 @@ def _count(value: Any, limit: Any, key: str) -> int:
 
 
 def _layout_modules(layout: Any) -> dict[str, dict[str, Any]]:
-    if not isinstance(layout, dict) or set(layout) != {"version", "modules"} or not isinstance(layout["modules"], dict):
+    if (
+        not isinstance(layout, dict)
+        or set(layout) != {"version", "modules"}
+        or not isinstance(layout["modules"], dict)
+    ):
         raise LayoutError("config.hf_prune must have exactly the keys 'version' and 'modules'.")
     if layout["version"] != 1:
         raise LayoutError(f"config.hf_prune: version is {layout['version']!r}, this code reads 1: update hf_prune.")
     for name, entry in layout["modules"].items():
         if not isinstance(entry, dict) or not set(entry) <= {"weight", "attributes", "config"}:
-            raise LayoutError(f"config.hf_prune: {name} must be a dict with keys among 'weight', 'attributes' and 'config'.")
+            raise LayoutError(
+                f"config.hf_prune: {name} must be a dict with keys among 'weight', 'attributes' and 'config'."
+            )
     return dict(layout["modules"])
 
 
@@ -72,7 +78,9 @@ def _slice(module: Any, shape: Any, name: str) -> None:
 
     conv = isinstance(module, Conv1D)
     if not conv and type(module) is not torch.nn.Linear:
-        raise LayoutError(f"config.hf_prune: {name} is a {type(module).__name__}, only Linear and Conv1D have a weight to cut.")
+        raise LayoutError(
+            f"config.hf_prune: {name} is a {type(module).__name__}, only Linear and Conv1D have a weight to cut."
+        )
     if not isinstance(shape, list) or len(shape) != 2:
         raise LayoutError(f"config.hf_prune: {name}.weight is {shape!r}, it must be [rows, columns].")
     rows, columns = (_count(n, limit, f"{name}.weight") for n, limit in zip(shape, module.weight.shape, strict=True))
@@ -126,7 +134,9 @@ def apply_layout(model: Any) -> None:
         if "config" in entry and not isinstance(module.config, ConfigView):
             values = dict(entry["config"])
             limits = {key: getattr(module.config, key, None) for key in values}
-            module.config = ConfigView(module.config, {k: _count(v, limits[k], f"{name}.config.{k}") for k, v in values.items()})
+            module.config = ConfigView(
+                module.config, {k: _count(v, limits[k], f"{name}.config.{k}") for k, v in values.items()}
+            )
 
 
 # Recording -----------------------------------------------------------------------------------------------------------
@@ -214,7 +224,9 @@ _MODELING = "transformers.modeling_utils"
 class _PatchOnImport(importlib.abc.MetaPathFinder):
     """Calls [`enable`] once transformers.modeling_utils is imported: importing it early would cost seconds and torch."""
 
-    def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> importlib.machinery.ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Any = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
         if name != _MODELING:
             return None
         sys.meta_path.remove(self)

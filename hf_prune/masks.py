@@ -43,8 +43,16 @@ class PruningMask(Mapping[str, torch.Tensor]):
         for name, vector in keep.items():
             if name not in units:
                 raise MaskError(unknown("unit group", name, units))
-            if not isinstance(vector, torch.Tensor) or vector.dtype != torch.bool or vector.shape != (units[name].size,):
-                got = f"{vector.dtype} of shape {tuple(vector.shape)}" if isinstance(vector, torch.Tensor) else type(vector).__name__
+            if (
+                not isinstance(vector, torch.Tensor)
+                or vector.dtype != torch.bool
+                or vector.shape != (units[name].size,)
+            ):
+                got = (
+                    f"{vector.dtype} of shape {tuple(vector.shape)}"
+                    if isinstance(vector, torch.Tensor)
+                    else type(vector).__name__
+                )
                 raise MaskError(f"The mask of {name} must be a bool tensor of shape ({units[name].size},), got {got}.")
         self.model_type = units.model_type
         self._kinds: dict[str, Kind] = {name: group.kind for name, group in units.items()}
@@ -66,7 +74,9 @@ class PruningMask(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         kinds = [kind for kind in ("heads", "neurons", "layers") if self.total(kind)]
-        return f"PruningMask({self.model_type}: " + ", ".join(f"{self.kept(k)}/{self.total(k)} {k}" for k in kinds) + ")"
+        return (
+            f"PruningMask({self.model_type}: " + ", ".join(f"{self.kept(k)}/{self.total(k)} {k}" for k in kinds) + ")"
+        )
 
     # Algebra ----------------------------------------------------------------------------------------------------------
 
@@ -86,7 +96,9 @@ class PruningMask(Mapping[str, torch.Tensor]):
 
     __hash__ = None  # type: ignore[assignment]  # the vectors are mutable
 
-    def _combine(self, other: "PruningMask", op: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> "PruningMask":
+    def _combine(
+        self, other: "PruningMask", op: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ) -> "PruningMask":
         if not isinstance(other, PruningMask):
             return NotImplemented
         if self._shape() != other._shape():
@@ -152,13 +164,19 @@ class PruningMask(Mapping[str, torch.Tensor]):
         """
         try:
             if data["version"] != _VERSION:
-                raise MaskError(f"This mask has version {data['version']!r}, this hf_prune reads {_VERSION}: update hf_prune.")
+                raise MaskError(
+                    f"This mask has version {data['version']!r}, this hf_prune reads {_VERSION}: update hf_prune."
+                )
             kinds, keep = {}, {}
             for name, group in data["groups"].items():
                 if group["kind"] not in ("heads", "neurons", "layers"):
                     raise MaskError(unknown(f"kind of {name}", group["kind"], ("heads", "neurons", "layers")))
                 size, kept = group["size"], group["keep"]
-                if type(size) is not int or not 0 <= size <= 10**7 or not all(type(i) is int and 0 <= i < size for i in kept):
+                if (
+                    type(size) is not int
+                    or not 0 <= size <= 10**7
+                    or not all(type(i) is int and 0 <= i < size for i in kept)
+                ):
                     raise MaskError(f"The mask of {name} names units outside 0..{size}.")
                 vector = torch.zeros(size, dtype=torch.bool)
                 vector[torch.tensor(kept, dtype=torch.long)] = True
@@ -176,7 +194,9 @@ class PruningMask(Mapping[str, torch.Tensor]):
             path.write_text(json.dumps(self.to_dict()), encoding="utf-8")
         else:
             shape = json.dumps({"version": _VERSION, "model_type": self.model_type, "kinds": self._kinds})
-            save_file({name: vector.contiguous() for name, vector in self.items()}, path, metadata={"hf_prune_mask": shape})
+            save_file(
+                {name: vector.contiguous() for name, vector in self.items()}, path, metadata={"hf_prune_mask": shape}
+            )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningMask":
@@ -192,7 +212,11 @@ class PruningMask(Mapping[str, torch.Tensor]):
             with safe_open(path, "pt") as file:
                 head = json.loads((file.metadata() or {})["hf_prune_mask"])
                 groups = {
-                    name: {"kind": kind, "size": len(v := file.get_tensor(name)), "keep": v.nonzero().flatten().tolist()}
+                    name: {
+                        "kind": kind,
+                        "size": len(v := file.get_tensor(name)),
+                        "keep": v.nonzero().flatten().tolist(),
+                    }
                     for name, kind in head["kinds"].items()
                 }
             return cls.from_dict({"version": head["version"], "model_type": head["model_type"], "groups": groups})

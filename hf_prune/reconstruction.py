@@ -190,7 +190,12 @@ class _Walk:
     """Teacher and student on their way up one stack, one layer at a time."""
 
     def __init__(
-        self, calibrator: Calibrator, units: PrunableUnits, stack: str, teacher: list[LayerCalls], student: list[LayerCalls]
+        self,
+        calibrator: Calibrator,
+        units: PrunableUnits,
+        stack: str,
+        teacher: list[LayerCalls],
+        student: list[LayerCalls],
     ) -> None:
         self.calibrator, self.units, self.stack = calibrator, units, stack
         self.teacher_calls, self.student_calls = teacher, student
@@ -202,7 +207,9 @@ class _Walk:
         solved: dict[str, _Solution] = {}
         layers = base.get_submodule(self.stack)
         assert isinstance(layers, nn.ModuleList)
-        pruned = [g for g in self.units.of_kind("heads", "neurons") if g.stack == self.stack and not mask[g.name].all()]
+        pruned = [
+            g for g in self.units.of_kind("heads", "neurons") if g.stack == self.stack and not mask[g.name].all()
+        ]
         followed = self.stack != list(self.units.stacks)[-1]  # by a stack that reads what this one ends with
         for index, layer in enumerate(layers):
             groups = [g for g in pruned if g.layer == index]
@@ -228,7 +235,9 @@ class _Walk:
                 self.teacher = teacher
         return solved
 
-    def _advance(self, layer: nn.Module, index: int, hidden: list[torch.Tensor], calls: list[LayerCalls]) -> list[torch.Tensor]:
+    def _advance(
+        self, layer: nn.Module, index: int, hidden: list[torch.Tensor], calls: list[LayerCalls]
+    ) -> list[torch.Tensor]:
         return [self._call(layer, index, x, call) for x, call in zip(hidden, calls, strict=True)]
 
     @staticmethod
@@ -275,7 +284,13 @@ class _Walk:
         return equations, ends
 
     def _solve(
-        self, module: Projection, group: UnitGroup, mask: PruningMask, equations: NormalEquations, recover: Recovery, ridge: float
+        self,
+        module: Projection,
+        group: UnitGroup,
+        mask: PruningMask,
+        equations: NormalEquations,
+        recover: Recovery,
+        ridge: float,
     ) -> _Solution:
         columns = kept_columns(group, mask[group.name])
         weight = output_matrix(module).detach()
@@ -287,7 +302,9 @@ class _Walk:
                 equations.cross += equations.feature_sum.outer(module.bias.double())
             new, bias = ridge_solve(equations, weight, module.bias, ridge)
         if not new.isfinite().all():
-            raise CalibrationError(f"The reconstruction of {group.name} is not finite: give more data, or set recover='none'.")
+            raise CalibrationError(
+                f"The reconstruction of {group.name} is not finite: give more data, or set recover='none'."
+            )
         return _Solution(columns, new, bias)
 
 

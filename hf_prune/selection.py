@@ -131,7 +131,9 @@ class Selector:
         for group in self.groups:
             values[group.name] = scores[group.name].detach().to("cpu", torch.float64)
             if not values[group.name].isfinite().all():
-                raise CalibrationError(f"The scores of {group.name} are not finite: check its weights and the calibration data.")
+                raise CalibrationError(
+                    f"The scores of {group.name} are not finite: check its weights and the calibration data."
+                )
         counts = self._uniform_counts() if self.allocation == "uniform" else self._global_counts(values)
         keep = {}
         for group in self.groups:
@@ -169,7 +171,9 @@ class Selector:
                     f"{what} ({self.allocation} allocation, at n = {', '.join(f'{n:g}' for n in self.table.lengths.values())} tokens): "
                     f"the least is {least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
                 )
-        raise InfeasibleBudgetError(f"The budget {dict(self.limits)} is met by nothing but its exact floor: raise it a little.")
+        raise InfeasibleBudgetError(
+            f"The budget {dict(self.limits)} is met by nothing but its exact floor: raise it a little."
+        )
 
     # Global -----------------------------------------------------------------------------------------------------------
 
@@ -198,7 +202,9 @@ class Selector:
             taken[best] = True
             slack = slack - cost[best]
             rest = rest[rest != best]
-        counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(0, blocks.group[taken], blocks.count[taken])
+        counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(
+            0, blocks.group[taken], blocks.count[taken]
+        )
         return {group.name: int(n) for group, n in zip(self.groups, counts, strict=True)}
 
     def _blocks(self, values: Mapping[str, torch.Tensor]) -> _Blocks:
@@ -228,7 +234,9 @@ class Selector:
                     continue
                 if len(chosen) < len(members):
                     missing = next(g.name for g in members if g.name not in names)
-                    raise ConfigError(f"allocation='uniform' needs all {kind} of {stack.layers}, but {missing} is excluded.")
+                    raise ConfigError(
+                        f"allocation='uniform' needs all {kind} of {stack.layers}, but {missing} is excluded."
+                    )
                 members = classes.get(attribute, ([], []))[0] + members
                 size = min(g.size for g in members)
                 counts = _stock_head_counts(config, stack, members[0], size) if kind == "heads" else self._widths(size)
@@ -240,10 +248,15 @@ class Selector:
 
     def _uniform_counts(self) -> dict[str, int]:
         def at(ratio: float) -> dict[str, int]:
-            return {key: counts[max(bisect_right(counts, ratio * counts[-1]) - 1, 0)] for key, (_, counts) in self.classes.items()}
+            return {
+                key: counts[max(bisect_right(counts, ratio * counts[-1]) - 1, 0)]
+                for key, (_, counts) in self.classes.items()
+            }
 
         def fits(chosen: Mapping[str, int]) -> bool:
-            return self._fits(self._costs({g.name: chosen[key] for key, (members, _) in self.classes.items() for g in members}))
+            return self._fits(
+                self._costs({g.name: chosen[key] for key, (members, _) in self.classes.items() for g in members})
+            )
 
         ratios = sorted({count / counts[-1] for _, counts in self.classes.values() for count in counts})
         low, high = 0, len(ratios)  # the largest ratio that fits lies in [low, high)

@@ -13,7 +13,7 @@ from .errors import MaskError
 from .gates import current_mask, remove_mask
 from .layout import KEY, ConfigView, record, skeleton
 from .masks import PruningMask
-from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, kept_columns, prunable_units, projection
+from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, projection, prunable_units
 
 
 def cut(module: Projection, index: torch.Tensor, side: str) -> None:
@@ -87,7 +87,9 @@ def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor) -> 
 
 def present_inputs(layer: nn.Module, spec: FeedForwardSpec) -> list[str]:
     """The input projections of a feed-forward block that this variant of the family has."""
-    return [name for name in spec.inputs if hasattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])]
+    return [
+        name for name in spec.inputs if hasattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
+    ]
 
 
 def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask) -> None:
@@ -115,11 +117,15 @@ def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
             continue
         stack = units.stacks[group.stack]
         if not group.prunable:
-            raise MaskError(f"The heads of {group.name} can't be pruned: in {units.model_type} {units.architecture.note}.")
+            raise MaskError(
+                f"The heads of {group.name} can't be pruned: in {units.model_type} {units.architecture.note}."
+            )
         if group.kind == "layers":
             fixed = [index for index in stack.fixed_layers if index < len(keep) and not keep[index]]
             if fixed:
-                raise MaskError(f"Layer {fixed[0]} of {group.name} can't be dropped in {units.model_type}: the others depend on it.")
+                raise MaskError(
+                    f"Layer {fixed[0]} of {group.name} can't be dropped in {units.model_type}: the others depend on it."
+                )
             if not keep.any():
                 raise MaskError(f"The mask drops all layers of {group.name}: keep at least one.")
         elif group.kind == "heads" and not keep.any() and not stack.empty and mask[group.stack][group.layer]:

@@ -92,7 +92,9 @@ class PrunableUnits(Mapping[str, UnitGroup]):
         for pattern in patterns:
             hits = {name for name in self if fnmatchcase(name, pattern)}
             if not hits:
-                raise ConfigError(unknown("pattern in exclude", pattern, self, "Shell patterns such as 'encoder.layer.0.*' work."))
+                raise ConfigError(
+                    unknown("pattern in exclude", pattern, self, "Shell patterns such as 'encoder.layer.0.*' work.")
+                )
             found |= hits
         return found
 
@@ -153,15 +155,23 @@ def refuse_unprunable(model: object) -> None:
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        for attribute, how in (("merge_and_unload", "call merge_and_unload() first"), ("_orig_mod", "pass model._orig_mod"), ("module", "pass model.module")):
+        for attribute, how in (
+            ("merge_and_unload", "call merge_and_unload() first"),
+            ("_orig_mod", "pass model._orig_mod"),
+            ("module", "pass model.module"),
+        ):
             if hasattr(model, attribute):
                 raise UnsupportedModelError(f"{name} wraps a model: {how}, then prune that.")
         raise UnsupportedModelError(f"hf_prune prunes transformers.PreTrainedModel, got {name}.")
     if getattr(model, "_hf_peft_config_loaded", False) or any("lora_A" in n for n, _ in model.named_modules()):
         raise UnsupportedModelError(f"{name} carries PEFT adapters: merge them (merge_and_unload()) before pruning.")
     quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is not None and not all(p.is_floating_point() and type(p) is nn.Parameter for p in model.parameters()):
-        raise UnsupportedModelError(f"{name} is quantised ({type(quantizer).__name__}): load it in float, prune, then quantise.")
+    if quantizer is not None and not all(
+        p.is_floating_point() and type(p) is nn.Parameter for p in model.parameters()
+    ):
+        raise UnsupportedModelError(
+            f"{name} is quantised ({type(quantizer).__name__}): load it in float, prune, then quantise."
+        )
     for module in model.modules():
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise UnsupportedModelError(f"{name} is offloaded: load it without device_map offloading to prune it.")
@@ -196,7 +206,9 @@ def prunable_units(model: PreTrainedModel) -> PrunableUnits:
             if len(architecture.stacks) == 1 or hasattr(base, stack.layers.partition(".")[0]):
                 groups += _stack_units(base, stack)
     except AttributeError as error:
-        raise UnsupportedModelError(f"{type(model).__name__} is not built as the entry of {config.model_type!r} says: {error}.") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not built as the entry of {config.model_type!r} says: {error}."
+        ) from error
     _refuse_shared(base, groups)
     return PrunableUnits(config.model_type, architecture, groups)
 
@@ -211,10 +223,14 @@ def _stack_units(base: nn.Module, stack: StackSpec) -> list[UnitGroup]:
             queries, keys, size = head_counts(layer, block)
             # A block that lost all its heads has no ratio of queries to keys any more, and nothing left to prune.
             width = size * queries // keys if keys else size
-            groups.append(UnitGroup(f"{path}.{block.output}", "heads", keys, width, stack.layers, index, block, block.prunable))
+            groups.append(
+                UnitGroup(f"{path}.{block.output}", "heads", keys, width, stack.layers, index, block, block.prunable)
+            )
         feed_forward = stack.feed_forward
         neurons, _ = features(projection(layer, feed_forward.output))
-        groups.append(UnitGroup(f"{path}.{feed_forward.output}", "neurons", neurons, 1, stack.layers, index, feed_forward))
+        groups.append(
+            UnitGroup(f"{path}.{feed_forward.output}", "neurons", neurons, 1, stack.layers, index, feed_forward)
+        )
     return [*groups, UnitGroup(stack.layers, "layers", len(layers), 0, stack.layers, -1)]
 
 
@@ -225,7 +241,9 @@ def _refuse_shared(base: nn.Module, groups: list[UnitGroup]) -> None:
             weight = projection(base, group.name).weight
             first = owners.setdefault(id(weight), group.name)
             if first != group.name:
-                raise UnsupportedModelError(f"{first} and {group.name} share one weight: their units can't be pruned apart.")
+                raise UnsupportedModelError(
+                    f"{first} and {group.name} share one weight: their units can't be pruned apart."
+                )
 
 
 def kept_columns(group: UnitGroup, keep: torch.Tensor) -> torch.Tensor:

@@ -51,18 +51,30 @@ FAMILIES: dict[str, tuple[T.PreTrainedConfig, Any]] = {
     "roberta": (T.RobertaConfig(**{**_ENCODER, "pad_token_id": 1}), _CLASSIFIER),
     "electra": (T.ElectraConfig(**_ENCODER, embedding_size=16), _CLASSIFIER),
     "distilbert": (
-        T.DistilBertConfig(vocab_size=VOCAB, dim=HIDDEN, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=64),
+        T.DistilBertConfig(
+            vocab_size=VOCAB, dim=HIDDEN, n_layers=3, n_heads=4, hidden_dim=64, max_position_embeddings=64
+        ),
         _CLASSIFIER,
     ),
     "deberta-v2": (T.DebertaV2Config(**_ENCODER, **_DEBERTA, share_att_key=True), _CLASSIFIER),
-    "deberta-v2/own": (T.DebertaV2Config(**_ENCODER, **_DEBERTA, share_att_key=False, conv_kernel_size=3), _CLASSIFIER),
+    "deberta-v2/own": (
+        T.DebertaV2Config(**_ENCODER, **_DEBERTA, share_att_key=False, conv_kernel_size=3),
+        _CLASSIFIER,
+    ),
     "modernbert": (
-        T.ModernBertConfig(**_ENCODER, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=8),
+        T.ModernBertConfig(
+            **_ENCODER, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=8
+        ),
         _CLASSIFIER,
     ),
     "vit": (
         T.ViTConfig(
-            hidden_size=HIDDEN, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4
+            hidden_size=HIDDEN,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            image_size=16,
+            patch_size=4,
         ),
         T.AutoModelForImageClassification,
     ),
@@ -117,7 +129,10 @@ FAMILIES: dict[str, tuple[T.PreTrainedConfig, Any]] = {
     "gemma3_text": (T.Gemma3TextConfig(**_DECODER, sliding_window=4), _CAUSAL),
     "phi3": (T.Phi3Config(**_DECODER), _CAUSAL),
     "t5": (T.T5Config(**_T5), T.AutoModelForSeq2SeqLM),
-    "t5/gated": (T.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False), T.AutoModelForSeq2SeqLM),
+    "t5/gated": (
+        T.T5Config(**_T5, feed_forward_proj="gated-gelu", tie_word_embeddings=False),
+        T.AutoModelForSeq2SeqLM,
+    ),
     "bart": (T.BartConfig(**_SEQ2SEQ, bos_token_id=1, decoder_start_token_id=2), T.AutoModelForSeq2SeqLM),
     "marian": (T.MarianConfig(**_SEQ2SEQ, decoder_start_token_id=0), T.AutoModelForSeq2SeqLM),
     "whisper": (
@@ -144,7 +159,9 @@ FAMILIES: dict[str, tuple[T.PreTrainedConfig, Any]] = {
     ),
 }
 DECODERS = [name for name, (_, auto) in FAMILIES.items() if auto is _CAUSAL]
-SEQ2SEQ = [name for name, (_, auto) in FAMILIES.items() if auto in (T.AutoModelForSeq2SeqLM, T.AutoModelForSpeechSeq2Seq)]
+SEQ2SEQ = [
+    name for name, (_, auto) in FAMILIES.items() if auto in (T.AutoModelForSeq2SeqLM, T.AutoModelForSpeechSeq2Seq)
+]
 
 
 def tiny_model(name: str, auto: Any = None, seed: int = 1, **overrides: Any) -> Any:
@@ -161,7 +178,9 @@ def tiny_model(name: str, auto: Any = None, seed: int = 1, **overrides: Any) -> 
     return model
 
 
-def tiny_batch(name: str, size: int = 3, length: int = 9, seed: int = 0, padded: bool = False) -> dict[str, torch.Tensor]:
+def tiny_batch(
+    name: str, size: int = 3, length: int = 9, seed: int = 0, padded: bool = False
+) -> dict[str, torch.Tensor]:
     """A batch for a model of a family; with `padded`, the rows have different lengths."""
     generator = torch.Generator().manual_seed(seed)
 

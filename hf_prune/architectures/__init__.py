@@ -2,6 +2,7 @@
 
 from .registry import get_architecture, known_model_types, register_architecture
 from .specs import Architecture, AttentionSpec, FeedForwardSpec, StackSpec
+
 from . import families as families  # isort: skip  # fills the registry
 
 __all__ = [

@@ -161,7 +161,11 @@ register_architecture(
         (
             StackSpec(
                 "h",
-                (AttentionSpec("attn", "attn.c_proj", fused="c_attn", heads=("num_heads",), width=("split_size", "embed_dim")),),
+                (
+                    AttentionSpec(
+                        "attn", "attn.c_proj", fused="c_attn", heads=("num_heads",), width=("split_size", "embed_dim")
+                    ),
+                ),
                 FeedForwardSpec(("mlp.c_fc",), "mlp.c_proj", residual="ln_2"),
                 config_neurons="n_inner",
                 config_depth="n_layer",
@@ -197,7 +201,15 @@ register_architecture(
         (
             StackSpec(
                 "layers",
-                (AttentionSpec("attention", "attention.dense", fused="query_key_value", fused_order="interleaved", head_dim="head_size"),),
+                (
+                    AttentionSpec(
+                        "attention",
+                        "attention.dense",
+                        fused="query_key_value",
+                        fused_order="interleaved",
+                        head_dim="head_size",
+                    ),
+                ),
                 # With parallel residuals attention and feed-forward read the same stream: neither corrects the other.
                 FeedForwardSpec(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", residual="post_attention_layernorm"),
             ),
@@ -209,11 +221,16 @@ _LLAMA_ATTENTION = AttentionSpec(
     "self_attn", "self_attn.o_proj", heads=("num_heads", "num_attention_heads"), kv_heads=("num_key_value_heads",)
 )
 _GATED = FeedForwardSpec(
-    ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj", width=("mlp.intermediate_size",), residual="post_attention_layernorm"
+    ("mlp.gate_proj", "mlp.up_proj"),
+    "mlp.down_proj",
+    width=("mlp.intermediate_size",),
+    residual="post_attention_layernorm",
 )
 
 
-def _decoder(attention: AttentionSpec = _LLAMA_ATTENTION, feed_forward: FeedForwardSpec = _GATED, **others: Any) -> Architecture:
+def _decoder(
+    attention: AttentionSpec = _LLAMA_ATTENTION, feed_forward: FeedForwardSpec = _GATED, **others: Any
+) -> Architecture:
     return Architecture(
         (
             StackSpec(
@@ -243,7 +260,9 @@ register_architecture(
 register_architecture(
     "phi3",
     _decoder(
-        AttentionSpec("self_attn", "self_attn.o_proj", fused="qkv_proj", kv_heads=("num_key_value_heads",), config_heads=True),
+        AttentionSpec(
+            "self_attn", "self_attn.o_proj", fused="qkv_proj", kv_heads=("num_key_value_heads",), config_heads=True
+        ),
         FeedForwardSpec(("mlp.gate_up_proj",), "mlp.down_proj", fused_gate=True, residual="post_attention_layernorm"),
     ),
 )
@@ -303,7 +322,9 @@ def _bart_stack(side: str, pre_norm: bool, **others: Any) -> StackSpec:
     attention = [AttentionSpec("self_attn", "self_attn.out_proj", heads=heads)]
     if side == "decoder":
         residual = "encoder_attn_layer_norm" if pre_norm else "encoder_attn"
-        attention.append(AttentionSpec("encoder_attn", "encoder_attn.out_proj", heads=heads, cross=True, residual=residual))
+        attention.append(
+            AttentionSpec("encoder_attn", "encoder_attn.out_proj", heads=heads, cross=True, residual=residual)
+        )
     return StackSpec(
         f"{side}.layers",
         tuple(attention),

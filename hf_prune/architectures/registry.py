@@ -8,7 +8,9 @@ from .specs import Architecture
 _ARCHITECTURES: dict[str, Architecture] = {}
 
 
-def register_architecture(model_type: str | Iterable[str], architecture: Architecture, *, exist_ok: bool = False) -> None:
+def register_architecture(
+    model_type: str | Iterable[str], architecture: Architecture, *, exist_ok: bool = False
+) -> None:
     """Tell hf_prune where a model family keeps its heads and neurons.
 
     Args:

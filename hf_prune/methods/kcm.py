@@ -71,7 +71,9 @@ def density_score(kernel: torch.Tensor) -> torch.Tensor:
     return (len(kernel) * kernel.sum(1)).rsqrt()
 
 
-def representative_score(kernel: torch.Tensor, alpha: float = 0.01, max_iterations: int = 20) -> tuple[torch.Tensor, int]:
+def representative_score(
+    kernel: torch.Tensor, alpha: float = 0.01, max_iterations: int = 20
+) -> tuple[torch.Tensor, int]:
     """R2, Algorithm 2: diag(C) of the convex mask C that minimises ‖φ(W) − φ(W)·C‖² by C ← C ∘ sqrt(K ⊘ K·C).
 
     The printed stopping rule compares signed sums and always stops after one update; this one compares ‖ΔC‖₁ with ‖C‖₁.

@@ -1,0 +1,5 @@
+"""Everything that writes checkpoints."""
+
+from .saving import save_pretrained
+
+__all__ = ["save_pretrained"]

@@ -1,0 +1,59 @@
+"""Code that travels with a checkpoint, so that it loads with `trust_remote_code=True` where hf_prune is not installed."""
+
+import inspect
+import json
+from pathlib import Path
+
+import transformers
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .. import layout
+
+MODULE = "modeling_hf_prune"
+
+_HEAD = '''"""Rebuilds the shapes of a pruned model. Made by hf_prune (Apache-2.0); config.hf_prune holds the shapes."""
+
+from typing import Any
+
+import transformers
+
+
+class LayoutError(ValueError):
+    """The recorded shapes are malformed or do not fit the model."""
+
+
+'''
+
+_CLASS = """class {name}(transformers.{name}):
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        apply_layout(self)
+"""
+
+
+def auto_classes(model_type: str) -> dict[str, str]:
+    """The auto classes of transformers that know a family, each with the class that it loads."""
+    found = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None:
+            classes = mapping._model_mapping.get(model_type)
+            cls = classes[0] if isinstance(classes, list | tuple) else classes
+            if cls and hasattr(transformers, cls):
+                found[name] = cls
+    return found
+
+
+def add_standalone_code(model: PreTrainedModel, directory: Path) -> None:
+    """Write the module, and point `auto_map` in config.json to it."""
+    autos = auto_classes(model.config.model_type)
+    names = sorted({*autos.values(), type(model).__name__})
+    parts = [layout.ConfigView, layout._count, layout._layout_modules, layout._slice, layout.apply_layout]
+    source = _HEAD + "\n\n".join([*map(inspect.getsource, parts), *(_CLASS.format(name=name) for name in names)])
+    (directory / f"{MODULE}.py").write_text(source, encoding="utf-8")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config["auto_map"] = {auto: f"{MODULE}.{cls}" for auto, cls in autos.items()}
+    if type(model).__name__ not in autos.values():
+        config["auto_map"]["AutoModel"] = f"{MODULE}.{type(model).__name__}"
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

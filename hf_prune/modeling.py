@@ -1,0 +1,168 @@
+"""`model.prune(...)`: the functions of hf_prune as methods of a model."""
+
+import os
+from typing import Any, ClassVar, TypeVar, cast
+
+import transformers
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModelError
+from .hub.saving import save_pretrained
+from .masks import PruningMask
+from .methods import PruningConfig
+from .pruning import PruningResult, prune
+from .surgery import shrink
+from .units import refuse_unprunable
+
+M = TypeVar("M", bound=PreTrainedModel)
+
+
+class PruningMixin:
+    """Methods that [`prunable`] adds to a model."""
+
+    pruning_result: PruningResult | None = None
+
+    def prune(self, config: PruningConfig, data: Any = None, **options: Any) -> PruningResult:
+        """Same as [`prune`] on this model."""
+        self.pruning_result = prune(cast(PreTrainedModel, self), config, data, **options)
+        return self.pruning_result
+
+    def shrink(self: M, mask: PruningMask | None = None) -> M:
+        """Same as [`shrink`] on this model."""
+        return cast(M, shrink(self, mask))
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Same as [`hub.save_pretrained`] on this model: verified and atomic, with the report of its last pruning beside it."""
+        if self.pruning_result is not None:
+            options.setdefault("report", self.pruning_result.report)
+            options.setdefault("mask", self.pruning_result.mask)
+        save_pretrained(cast(PreTrainedModel, self), save_directory, **options)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time: pickle and deepcopy remake it from the class of transformers.
+        return _restore, (_stock_class(type(self)),), cast(Any, self).__dict__
+
+
+_CLASSES: dict[type, type] = {}
+
+
+def _stock_class(cls: type) -> type:
+    return cls.__mro__[2] if issubclass(cls, PruningMixin) else cls
+
+
+def _prunable_class(cls: type) -> type:
+    if cls not in _CLASSES:
+        # The name stays: pipelines, losses and `architectures` in the config look at it.
+        _CLASSES[cls] = type(cls.__name__, (PruningMixin, cls), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+    return _CLASSES[cls]
+
+
+def _restore(cls: type) -> PreTrainedModel:
+    new = _prunable_class(cls)
+    return cast(PreTrainedModel, new.__new__(new))
+
+
+def prunable(model: M) -> M:
+    """Give a model the methods of [`PruningMixin`]: `prune`, `shrink`, and a verified, atomic `save_pretrained`.
+
+    Args:
+        model (`PreTrainedModel`): Any model of a registered family. Its class is replaced by one of the same name that
+            derives from it; nothing else changes, and no class of transformers is touched.
+
+    Returns:
+        `PreTrainedModel`: The same object.
+
+    Raises:
+        UnsupportedModelError: The model can't be pruned, or has a method of one of these names already.
+    """
+    if isinstance(model, PruningMixin):
+        return model
+    refuse_unprunable(model)
+    for name in ("prune", "shrink", "pruning_result"):
+        if hasattr(model, name):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has an attribute {name!r} of its own: use the functions of hf_prune."
+            )
+    model.__class__ = _prunable_class(type(model))
+    return model
+
+
+class _AutoPrunable:
+    """`from_pretrained` and `from_config` of a transformers auto class, followed by [`prunable`]."""
+
+    auto_class: ClassVar[str]
+
+    def __init__(self) -> None:
+        raise OSError(
+            f"{type(self).__name__} is made with from_pretrained(...) or from_config(...), as {self.auto_class} is."
+        )
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load a model as the auto class of transformers does, ready to be pruned."""
+        return prunable(getattr(transformers, cls.auto_class).from_pretrained(*args, **kwargs))
+
+    @classmethod
+    def from_config(cls, *args: Any, **kwargs: Any) -> Any:
+        """Build a model with random weights as the auto class of transformers does, ready to be pruned."""
+        return prunable(getattr(transformers, cls.auto_class).from_config(*args, **kwargs))
+
+
+class AutoPrunableModel(_AutoPrunable):
+    """`AutoModel`, prunable."""
+
+    auto_class = "AutoModel"
+
+
+class AutoPrunableModelForSequenceClassification(_AutoPrunable):
+    """`AutoModelForSequenceClassification`, prunable."""
+
+    auto_class = "AutoModelForSequenceClassification"
+
+
+class AutoPrunableModelForTokenClassification(_AutoPrunable):
+    """`AutoModelForTokenClassification`, prunable."""
+
+    auto_class = "AutoModelForTokenClassification"
+
+
+class AutoPrunableModelForQuestionAnswering(_AutoPrunable):
+    """`AutoModelForQuestionAnswering`, prunable."""
+
+    auto_class = "AutoModelForQuestionAnswering"
+
+
+class AutoPrunableModelForMultipleChoice(_AutoPrunable):
+    """`AutoModelForMultipleChoice`, prunable."""
+
+    auto_class = "AutoModelForMultipleChoice"
+
+
+class AutoPrunableModelForMaskedLM(_AutoPrunable):
+    """`AutoModelForMaskedLM`, prunable."""
+
+    auto_class = "AutoModelForMaskedLM"
+
+
+class AutoPrunableModelForCausalLM(_AutoPrunable):
+    """`AutoModelForCausalLM`, prunable."""
+
+    auto_class = "AutoModelForCausalLM"
+
+
+class AutoPrunableModelForSeq2SeqLM(_AutoPrunable):
+    """`AutoModelForSeq2SeqLM`, prunable."""
+
+    auto_class = "AutoModelForSeq2SeqLM"
+
+
+class AutoPrunableModelForSpeechSeq2Seq(_AutoPrunable):
+    """`AutoModelForSpeechSeq2Seq`, prunable."""
+
+    auto_class = "AutoModelForSpeechSeq2Seq"
+
+
+class AutoPrunableModelForImageClassification(_AutoPrunable):
+    """`AutoModelForImageClassification`, prunable."""
+
+    auto_class = "AutoModelForImageClassification"
