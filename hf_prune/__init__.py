@@ -4,66 +4,65 @@ Importing hf_prune lets `from_pretrained` load checkpoints that it shrunk; every
 """
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as _version
+from importlib.metadata import PackageNotFoundError, version as _version
 from typing import TYPE_CHECKING, Any
 
 from .layout import enable as _enable
 
 if TYPE_CHECKING:
     from .architectures import (
-        Architecture,
-        AttentionSpec,
-        FeedForwardSpec,
-        StackSpec,
-        known_model_types,
-        register_architecture,
+        Architecture as Architecture,
+        AttentionSpec as AttentionSpec,
+        FeedForwardSpec as FeedForwardSpec,
+        StackSpec as StackSpec,
+        known_model_types as known_model_types,
+        register_architecture as register_architecture,
     )
-    from .calibration import Calibrator
-    from .costs import Costs, CostTable, model_costs
+    from .calibration import Calibrator as Calibrator
+    from .costs import Costs as Costs, CostTable as CostTable, model_costs as model_costs
     from .errors import (
-        CalibrationError,
-        ConfigError,
-        InfeasibleBudgetError,
-        LayoutError,
-        MaskError,
-        PruningError,
-        SaveError,
-        UnsupportedModelError,
+        CalibrationError as CalibrationError,
+        ConfigError as ConfigError,
+        InfeasibleBudgetError as InfeasibleBudgetError,
+        LayoutError as LayoutError,
+        MaskError as MaskError,
+        PruningError as PruningError,
+        SaveError as SaveError,
+        UnsupportedModelError as UnsupportedModelError,
     )
-    from .gates import apply_mask, current_mask, remove_mask
-    from .hub import save_pretrained
-    from .masks import PruningMask
+    from .gates import apply_mask as apply_mask, current_mask as current_mask, remove_mask as remove_mask
+    from .hub import save_pretrained as save_pretrained
+    from .masks import PruningMask as PruningMask
     from .methods import (
-        KCMConfig,
-        MagnitudeConfig,
-        Paper,
-        Pruner,
-        PruningConfig,
-        RandomConfig,
-        known_pruners,
-        register_pruner,
+        KCMConfig as KCMConfig,
+        MagnitudeConfig as MagnitudeConfig,
+        Paper as Paper,
+        Pruner as Pruner,
+        PruningConfig as PruningConfig,
+        RandomConfig as RandomConfig,
+        known_pruners as known_pruners,
+        register_pruner as register_pruner,
     )
     from .modeling import (
-        AutoPrunableModel,
-        AutoPrunableModelForCausalLM,
-        AutoPrunableModelForImageClassification,
-        AutoPrunableModelForMaskedLM,
-        AutoPrunableModelForMultipleChoice,
-        AutoPrunableModelForQuestionAnswering,
-        AutoPrunableModelForSeq2SeqLM,
-        AutoPrunableModelForSequenceClassification,
-        AutoPrunableModelForSpeechSeq2Seq,
-        AutoPrunableModelForTokenClassification,
-        PruningMixin,
-        prunable,
+        AutoPrunableModel as AutoPrunableModel,
+        AutoPrunableModelForCausalLM as AutoPrunableModelForCausalLM,
+        AutoPrunableModelForImageClassification as AutoPrunableModelForImageClassification,
+        AutoPrunableModelForMaskedLM as AutoPrunableModelForMaskedLM,
+        AutoPrunableModelForMultipleChoice as AutoPrunableModelForMultipleChoice,
+        AutoPrunableModelForQuestionAnswering as AutoPrunableModelForQuestionAnswering,
+        AutoPrunableModelForSeq2SeqLM as AutoPrunableModelForSeq2SeqLM,
+        AutoPrunableModelForSequenceClassification as AutoPrunableModelForSequenceClassification,
+        AutoPrunableModelForSpeechSeq2Seq as AutoPrunableModelForSpeechSeq2Seq,
+        AutoPrunableModelForTokenClassification as AutoPrunableModelForTokenClassification,
+        PruningMixin as PruningMixin,
+        prunable as prunable,
     )
-    from .pruning import PruningResult, prune
-    from .reconstruction import reconstruct
-    from .report import PruningReport
-    from .surgery import shrink
-    from .units import PrunableUnits, UnitGroup, prunable_units
-    from .verification import verify_architecture
+    from .pruning import PruningResult as PruningResult, prune as prune
+    from .reconstruction import reconstruct as reconstruct
+    from .report import PruningReport as PruningReport
+    from .surgery import shrink as shrink
+    from .units import PrunableUnits as PrunableUnits, UnitGroup as UnitGroup, prunable_units as prunable_units
+    from .verification import verify_architecture as verify_architecture
 
 _MODULES = {
     "architectures": (

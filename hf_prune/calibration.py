@@ -1,7 +1,7 @@
 """Run calibration data through a model and gather statistics at the sites of its units.
 
-[`Calibrator`] brings the data into batches, shares them among the processes that Accelerate knows, leaves padding out, and sums
-what the processes saw, so that the result depends neither on the batch size nor on their number.
+[`Calibrator`] brings the data into batches, shares them among the processes that Accelerate knows, leaves padding out,
+and sums what the processes saw, so that the result depends neither on the batch size nor on their number.
 """
 
 import hashlib
@@ -81,25 +81,28 @@ class Calibrator:
     Args:
         model (`PreTrainedModel`): The model that will be calibrated.
         data: One of
-            - a list (or other sequence) or `datasets.Dataset` of examples: dicts of model inputs, or of text, or plain strings;
+            - a list (or other sequence) or `datasets.Dataset` of examples: dicts of model inputs, or of text, or plain
+              strings;
             - a `DataLoader` or any other iterable (a generator) of batches, dicts of tensors. It is read once and kept.
         processing_class (*optional*): The tokenizer (or processor) for text; also used to pad examples.
         text_column (`str`, *optional*): Which column holds the text. Not needed when there is just one.
         max_samples (`int`, *optional*): Read this many examples and no more. All by default.
         batch_size (`int`, *optional*, defaults to 32): Examples in a batch. Batches from a loader stay as they are.
-        max_length (`int`, *optional*): Truncate text to this many tokens. Defaults to what the tokenizer and the model take.
+        max_length (`int`, *optional*): Truncate text to this many tokens. Defaults to what the tokenizer and the model
+            take.
 
     Attributes:
         samples, tokens (`int`): Examples and real tokens in all, over all processes.
-        lengths (`tuple[float, float | None]`): Mean number of real tokens of an example, on the encoder's (or only) side and on
-            that of a decoder which follows an encoder.
+        lengths (`tuple[float, float | None]`): Mean number of real tokens of an example, on the encoder's (or only)
+            side and on that of a decoder which follows an encoder.
         fingerprint (`str`): SHA-256 of the inputs.
 
     Raises:
         CalibrationError: No data, nothing but padding in an example, or inputs that the model does not take.
         ConfigError: An option is out of range.
 
-    Under `accelerate launch` or torchrun every process makes its own Calibrator over the same data and reads every n-th batch.
+    Under `accelerate launch` or torchrun every process makes its own Calibrator over the same data and reads every
+    n-th batch.
     Examples are sorted by length before they are batched, which saves most of the padding.
     """
 
@@ -122,7 +125,7 @@ class Calibrator:
         self._accepted = set(inspect.signature(model.forward).parameters)
         if isinstance(data, str | Mapping):
             raise CalibrationError(
-                f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset or a DataLoader."
+                f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset, a DataLoader."
             )
         if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or _is_batch(next(iter(data), None)):
             batches = _whole_batches(data, max_samples)
@@ -148,7 +151,7 @@ class Calibrator:
             "sha256": self.fingerprint,
         }
 
-    # Running ----------------------------------------------------------------------------------------------------------
+    # Running
 
     def batches(self, description: str) -> Iterator[tuple[int, Batch]]:
         """This process's batches with their indices, on the model's device, with a progress bar."""
@@ -201,8 +204,8 @@ class Calibrator:
                 tensor.copy_(reduce(tensor, "sum"))
                 if not tensor.isfinite().all():
                     raise CalibrationError(
-                        f"The inputs of {name} are NaN or infinite on the calibration data. Check the weights of the layers below "
-                        "it, and try float32 if the model runs in half precision."
+                        f"The inputs of {name} are NaN or infinite on the calibration data. Check the weights of the "
+                        "layers below it, and try float32 if the model runs in half precision."
                     )
 
     @contextmanager
@@ -218,7 +221,7 @@ class Calibrator:
                 module.training = training
 
     def real_tokens(self, batch: Batch, stack: str) -> torch.Tensor | None:
-        """Which positions of a batch are no padding in a stack: bool of shape (batch, tokens), `None` if all are real."""
+        """Which positions of a batch are real in a stack: bool of shape (batch, tokens), `None` if there is no padding."""
         spec = self.units.stacks[stack]
         if spec.fixed_length is not None:
             return None
@@ -244,19 +247,19 @@ class Calibrator:
 
         return feed
 
-    # Data -------------------------------------------------------------------------------------------------------------
+    # Data
 
     def _usable(self, batch: Any) -> Batch:
         if not isinstance(batch, Mapping):
             raise CalibrationError(
-                f"A batch must be a dict of tensors, got {type(batch).__name__}. For examples pass a list or a Dataset."
+                f"A batch must be a dict of tensors, got {type(batch).__name__}. Pass examples as a list or a Dataset."
             )
         usable = {k: v for k, v in batch.items() if k in self._accepted and isinstance(v, torch.Tensor)}
         main = self.model.main_input_name
         if not usable or (main not in usable and "inputs_embeds" not in usable):
             raise CalibrationError(
-                f"{type(self.model).__name__} needs {main!r}, the calibration data have {sorted(map(str, batch))}. Pass text with "
-                "processing_class=tokenizer, or tokenised examples."
+                f"{type(self.model).__name__} needs {main!r}, the calibration data have {sorted(map(str, batch))}. Pass "
+                "text with processing_class=tokenizer, or tokenised examples."
             )
         if self.model.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(usable):
             if "labels" not in usable and any(spec.decoder for spec in self.units.stacks.values()):

@@ -1,9 +1,9 @@
 """What a model costs under a mask, counted without building it: MACs, parameters, and bytes of weights.
 
-MACs are multiply-accumulates of one forward pass over one example of n tokens: for a head 4·n·d·d_h + 2·n²·d_h, for a neuron
-2·n·d (3·n·d if gated), generalised to KV groups, cross-attention and relative positions. Embeddings, norms, biases, activations,
-softmax and task heads are left out, as in Kwon et al. 2022, KCM and K-prune, so that ratios agree with the papers.
-Parameters and bytes count the whole model, embeddings and head included.
+MACs are multiply-accumulates of one forward pass over one example of n tokens: for a head 4·n·d·d_h + 2·n²·d_h, for a
+neuron 2·n·d (3·n·d if gated), generalised to KV groups, cross-attention and relative positions. Embeddings, norms,
+biases, activations, softmax and task heads are left out, as in Kwon et al. 2022, KCM and K-prune, so that ratios agree
+with the papers. Parameters and bytes count the whole model, embeddings and head included.
 """
 
 from collections.abc import Iterable
@@ -63,14 +63,15 @@ class CostTable:
     Args:
         model (`PreTrainedModel`): The model, shrunk or not.
         units ([`PrunableUnits`], *optional*): Its units.
-        sequence_length (`float`, *optional*, defaults to 128): Tokens per example, n. The stacks of ViT and of Whisper's encoder
-            have a length of their own.
+        sequence_length (`float`, *optional*, defaults to 128): Tokens per example, n. The stacks of ViT and of
+            Whisper's encoder have a length of their own.
         target_length (`float`, *optional*): Tokens per example of a decoder that follows an encoder. Defaults to
             `sequence_length`.
 
     Attributes:
         unit (`dict[str, Costs]`): For each group of heads or neurons the cost of one unit.
-        layer (`dict[str, list[Costs]]`): For each stack what each layer costs without its units (norms, output biases).
+        layer (`dict[str, list[Costs]]`): For each stack what each layer costs without its units (norms, output
+            biases).
         rest (`Costs`): Everything else (embeddings, head).
         lengths (`dict[str, float]`): For each stack its n.
     """
@@ -154,7 +155,7 @@ def _without_macs(costs: Costs) -> Costs:
 
 
 def _unit_costs(layer: nn.Module, group: UnitGroup, length: float, source: float) -> Costs:
-    """One unit: its rows in the input projections, its columns in the output projection, and its part of the attention."""
+    """One unit: its rows in the input projections, its columns in the output one, and its part of the attention."""
     if isinstance(group.block, AttentionSpec):
         return _head_costs(layer, group.block, length, source if group.block.cross else length)
     assert isinstance(group.block, FeedForwardSpec)

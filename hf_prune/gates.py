@@ -1,7 +1,7 @@
 """Mask, gate and observe units at their site: the only place that registers hooks.
 
-A gate is a child module of the projection (of the layer, for layers) and its hook a module-level function, so that deepcopy,
-checkpoints, DDP, gradient checkpointing and torch.compile treat it as part of the model.
+A gate is a child module of the projection (of the layer, for layers) and its hook a module-level function, so that
+deepcopy, checkpoints, DDP, gradient checkpointing and torch.compile treat it as part of the model.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,7 +32,8 @@ class MaskGate(nn.Module):
 
     def __init__(self, keep: torch.Tensor, columns: torch.Tensor) -> None:
         super().__init__()
-        # Not persistent: a checkpoint holds the mask folded into the weights, and no key that from_pretrained doesn't know.
+        # Not persistent: a checkpoint holds the mask folded into the weights, and no key that from_pretrained doesn't
+        # know.
         self.register_buffer("keep", keep, persistent=False)
         self.register_buffer("pruned_columns", ~columns, persistent=False)
 
@@ -188,7 +189,8 @@ def record_calls(
     Args:
         root (`nn.Module`): The base model.
         stacks (iterable of `str`): The stacks to record.
-        last_output (`dict[str, torch.Tensor]`, *optional*): For a stack what its last layer shall return instead of its output.
+        last_output (`dict[str, torch.Tensor]`, *optional*): For a stack what its last layer shall return instead of
+            its output.
     """
     calls: dict[str, LayerCalls] = {}
     handles = []

@@ -1,11 +1,13 @@
 """The layout of a shrunk model: recorded in its config, rebuilt when it is loaded.
 
-`config.hf_prune = {"version": 1, "modules": {name: {"weight": [rows, columns], "attributes": {...}, "config": {...}}}}` lists
-what differs from the model that the rest of the config describes; names are relative to the base model, so every head loads.
-Loading needs no table of families: [`apply_layout`] slices the freshly built modules, on the meta device as a rule.
-A layout comes from a file that a stranger may have written. It is validated, and it can only make a model smaller.
+`config.hf_prune = {"version": 1, "modules": {name: {"weight": [rows, columns], "attributes": {...}, "config":
+{...}}}}` lists what differs from the model that the rest of the config describes; names are relative to the base
+model, so every head loads. Loading needs no table of families: [`apply_layout`] slices the freshly built modules, on
+the meta device as a rule. A layout comes from a file that a stranger may have written. It is validated, and it can
+only make a model smaller.
 
-Where a stock config can hold the shapes (uniform widths, dropped layers) none of this is needed, and no key is written.
+Where a stock config can hold the shapes (uniform widths, dropped layers) none of this is needed, and no key is
+written.
 """
 
 import copy
@@ -116,8 +118,8 @@ def apply_layout(model: Any) -> None:
     base = model.base_model
     modules = dict(base.named_modules())
     entries = _layout_modules(layout)
-    # A stack of a larger model (BartEncoder) is built before it, and knows none of the names: its turn comes with the whole.
-    # An encoder-only class of an encoder-decoder knows some. The class that was saved knows all.
+    # A stack of a larger model (BartEncoder) is built before it, and knows none of the names: its turn comes with the
+    # whole. An encoder-only class of an encoder-decoder knows some. The class that was saved knows all.
     whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     for name, entry in entries.items():
         if name not in modules:
@@ -139,7 +141,7 @@ def apply_layout(model: Any) -> None:
             )
 
 
-# Recording -----------------------------------------------------------------------------------------------------------
+# Recording
 
 
 def skeleton(model: "PreTrainedModel", config: "PreTrainedConfig") -> "PreTrainedModel":
@@ -190,7 +192,7 @@ def _counters(module: "nn.Module") -> dict[str, int]:
 
 
 def record(model: "PreTrainedModel", candidates: Sequence["PreTrainedConfig"]) -> "PreTrainedConfig":
-    """The config to save a shrunk model with: the first candidate that builds it as it is, else the last with a layout.
+    """The config to save a shrunk model with: the first candidate that builds it, else the last with a layout.
 
     Args:
         model (`PreTrainedModel`): The shrunk model, on any device.
@@ -216,13 +218,13 @@ def record(model: "PreTrainedModel", candidates: Sequence["PreTrainedConfig"]) -
     return config
 
 
-# Loading -------------------------------------------------------------------------------------------------------------
+# Loading
 
 _MODELING = "transformers.modeling_utils"
 
 
 class _PatchOnImport(importlib.abc.MetaPathFinder):
-    """Calls [`enable`] once transformers.modeling_utils is imported: importing it early would cost seconds and torch."""
+    """Calls [`enable`] once transformers.modeling_utils is imported: importing it early would cost seconds."""
 
     def find_spec(
         self, name: str, path: Any = None, target: ModuleType | None = None
@@ -243,9 +245,9 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
 
 
 def enable() -> None:
-    """Let `from_pretrained` and `from_config` build shrunk models: `PreTrainedModel.post_init` ends with [`apply_layout`].
+    """Let `from_pretrained` and `from_config` build shrunk models.
 
-    `import hf_prune` calls this. Configs without a layout are not affected.
+    `PreTrainedModel.post_init` ends with [`apply_layout`] from then on. `import hf_prune` calls this. Configs without a layout are not affected.
     """
     if _MODELING not in sys.modules:
         if not any(isinstance(finder, _PatchOnImport) for finder in sys.meta_path):

@@ -20,8 +20,8 @@ _VERSION = 1
 class PruningMask(Mapping[str, torch.Tensor]):
     """For each unit group one bool vector of shape (units,) on the CPU: `True` = keep.
 
-    A mask belongs to the shapes of one model, whatever its head: it remembers the family, and the kind and size of each
-    group. `&` and `|` combine masks of the same shapes, `~` inverts, `==` compares.
+    A mask belongs to the shapes of one model, whatever its head: it remembers the family, and the kind and size of
+    each group. `&` and `|` combine masks of the same shapes, `~` inverts, `==` compares.
 
     Args:
         keep (`dict[str, torch.Tensor]`): The vectors by group name. Groups that are missing are kept whole.
@@ -61,7 +61,7 @@ class PruningMask(Mapping[str, torch.Tensor]):
             for name, group in units.items()
         }
 
-    # The mapping ------------------------------------------------------------------------------------------------------
+    # The mapping
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self._keep[name]
@@ -78,7 +78,7 @@ class PruningMask(Mapping[str, torch.Tensor]):
             f"PruningMask({self.model_type}: " + ", ".join(f"{self.kept(k)}/{self.total(k)} {k}" for k in kinds) + ")"
         )
 
-    # Algebra ----------------------------------------------------------------------------------------------------------
+    # Algebra
 
     def __and__(self, other: "PruningMask") -> "PruningMask":
         return self._combine(other, torch.logical_and)
@@ -113,7 +113,7 @@ class PruningMask(Mapping[str, torch.Tensor]):
     def _shape(self) -> tuple[str, dict[str, tuple[str, int]]]:
         return self.model_type, {name: (self._kinds[name], len(vector)) for name, vector in self.items()}
 
-    # Counting ---------------------------------------------------------------------------------------------------------
+    # Counting
 
     def kept(self, kind: Kind) -> int:
         """Number of kept units of a kind."""
@@ -145,7 +145,7 @@ class PruningMask(Mapping[str, torch.Tensor]):
             f"{mine.get(name, ('', 'no'))[1]} units in the mask and {theirs[1].get(name, ('', 'no'))[1]} in the model."
         )
 
-    # Files ------------------------------------------------------------------------------------------------------------
+    # Files
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form: for each group its kind, its size, and the indices of the kept units."""

@@ -32,7 +32,7 @@ class PruningMixin:
         return cast(M, shrink(self, mask))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Same as [`hub.save_pretrained`] on this model: verified and atomic, with the report of its last pruning beside it."""
+        """Same as [`hub.save_pretrained`] on this model, with the mask and the report of its last pruning."""
         if self.pruning_result is not None:
             options.setdefault("report", self.pruning_result.report)
             options.setdefault("mask", self.pruning_result.mask)

@@ -23,7 +23,8 @@ def plot_units(units: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
 
     Args:
         units (`list[dict]`): For each unit group `name`, `kind` (`"heads"`, `"neurons"` or `"layers"`), `layer`,
-            `stack`, `size` and `kept`. There is one panel for each kind; stacks stand side by side in it.
+            `stack`, `size` and `kept`, as in `PruningReport.units`. There is one panel for each kind, for layers only if
+            some are dropped; stacks stand side by side in it.
         path (`str` or `os.PathLike`): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
 
     Returns:
@@ -32,6 +33,7 @@ def plot_units(units: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
     Raises:
         ConfigError: There are no units.
     """
+    units = [unit for unit in units if unit["kind"] != "layers" or unit["kept"] < unit["size"]]
     if not units:
         raise ConfigError("There are no units to plot.")
     kinds = [kind for kind in ("heads", "neurons", "layers") if any(unit["kind"] == kind for unit in units)]

@@ -1,9 +1,10 @@
 """Exact reconstruction: after a mask is chosen, refit each output projection on the inputs that survive.
 
 For each site, from the bottom up, the kept columns W of the projection become the ridge solution of
-min ‖F·W + R_s − (Y_t + R_t)‖² + λ‖W − W_old‖², with F the inputs of the pruned student, Y_t the output of the dense teacher and R the
-residual streams of both (K-prune, Park et al., ICLR 2024, "knowledge-preserving weight tuning"). No labels, no gradients. Teacher and
-student run side by side, one layer at a time: what is held is the hidden states of one layer boundary and FᵀF, FᵀY of one site.
+min ‖F·W + R_s − (Y_t + R_t)‖² + λ‖W − W_old‖², with F the inputs of the pruned student, Y_t the output of the dense
+teacher and R the residual streams of both (K-prune, Park et al., ICLR 2024, "knowledge-preserving weight tuning"). No
+labels, no gradients. Teacher and student run side by side, one layer at a time: what is held is the hidden states of
+one layer boundary and FᵀF, FᵀY of one site.
 """
 
 import copy
@@ -87,7 +88,8 @@ def ridge_solve(
 def scale_solve(equations: NormalEquations, weight: torch.Tensor, width: int, limit: float = 10.0) -> torch.Tensor:
     """One factor per unit instead of a new weight: the mask tuning of Kwon et al. 2022, in closed form.
 
-    With A_u the output of unit u and G = AᵀA, x = 1 + (G² + I)⁻¹ G (AᵀB − G·1): LSMR on the normal equations with damping 1.
+    With A_u the output of unit u and G = AᵀA, x = 1 + (G² + I)⁻¹ G (AᵀB − G·1): LSMR on the normal equations with
+    damping 1.
 
     Args:
         equations ([`NormalEquations`]): The sums; targets without the bias.
@@ -278,8 +280,8 @@ class _Walk:
         kept = len(equations.gram)
         if equations.count < kept // group.width:
             raise CalibrationError(
-                f"{group.name} keeps {kept // group.width} units, the calibration data have {int(equations.count)} real tokens: give "
-                "more data to reconstruct it, or set recover='none'."
+                f"{group.name} keeps {kept // group.width} units, the calibration data have {int(equations.count)} real "
+                "tokens: give more data to reconstruct it, or set recover='none'."
             )
         return equations, ends
 

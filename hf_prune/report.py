@@ -24,7 +24,8 @@ class PruningReport:
         method (`str`): Name of the method.
         config (`dict`): Its options.
         model_class, model_type (`str`): Class and family of the model.
-        before, after (`dict[str, float]`): `macs`, `params` and `memory` (bytes of weights) of the dense and the pruned model.
+        before, after (`dict[str, float]`): `macs`, `params` and `memory` (bytes of weights) of the dense and the
+            pruned model.
         sequence_lengths (`dict[str, float]`): For each stack the tokens per example at which MACs were counted.
         units (`list[dict]`): For each group of units its name, kind, stack, layer, size and how many were kept.
         calibration (`dict`, *optional*): Samples, tokens and fingerprint of the data.
@@ -61,8 +62,8 @@ class PruningReport:
             kept[row["kind"]][1] += row["size"]
         parts = [f"{a:,} of {b:,} {kind}" for kind, (a, b) in kept.items() if b]
         return (
-            f"{self.method}: MACs {self.ratio('macs'):.1%} (n = {lengths} tokens), parameters {self.ratio('params'):.1%}, "
-            f"kept {', '.join(parts)}, in {self.seconds:.1f} s. MACs are not time: measure it with `hf-prune bench`."
+            f"{self.method}: MACs {self.ratio('macs'):.1%} (n = {lengths} tokens), "
+            f"parameters {self.ratio('params'):.1%}, kept {', '.join(parts)}, in {self.seconds:.1f} s. MACs are not time: measure it with `hf-prune bench`."
         )
 
     def to_dict(self) -> dict[str, Any]:

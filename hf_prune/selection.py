@@ -21,11 +21,13 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
     """The most that a pruned model may cost, in absolute numbers.
 
     Args:
-        budget (`dict[str, float]`): For `"macs"`, `"params"` or `"memory"` the kept ratio, in (0, 1], or an absolute whole number.
+        budget (`dict[str, float]`): For `"macs"`, `"params"` or `"memory"` the kept ratio, in (0, 1], or an absolute
+            whole number.
         dense ([`Costs`]): Costs of the unpruned model.
 
     Raises:
-        ConfigError: The budget is empty, names an unknown metric, is out of range, or above the cost of the dense model.
+        ConfigError: The budget is empty, names an unknown metric, is out of range, or above the cost of the dense
+        model.
     """
     check_budget(budget)
     limits: dict[Metric, float] = {}
@@ -71,16 +73,18 @@ class _Blocks:
 class Selector:
     """Turns scores into the mask that keeps the most under a budget.
 
-    The first unit of every group is kept: a layer never loses all its heads or neurons. With `allocation="global"` units compete
-    over all layers by score per cost. With `"uniform"` each layer keeps as many as the others of its stack, in numbers that the
-    stock config can hold, so that plain transformers loads the result; heads stay whole where it can't hold fewer.
+    The first unit of every group is kept: a layer never loses all its heads or neurons. With `allocation="global"`
+    units compete over all layers by score per cost. With `"uniform"` each layer keeps as many as the others of its
+    stack, in numbers that the stock config can hold, so that plain transformers loads the result; heads stay whole
+    where it can't hold fewer.
 
     Args:
         table ([`CostTable`]): Costs of the model.
         budget (`dict[str, float]`): See [`resolve_budget`]. Several limits hold at once.
         kinds (`tuple[str, ...]`): Kinds of units that may be pruned: `"heads"`, `"neurons"`.
         allocation (`"global"` or `"uniform"`, *optional*, defaults to `"global"`): See above.
-        multiple_of (`int`, *optional*, defaults to 1): Each layer keeps a multiple of this many neurons (or all of them).
+        multiple_of (`int`, *optional*, defaults to 1): Each layer keeps a multiple of this many neurons (or all of
+            them).
         exclude (`tuple[str, ...]`, *optional*): Shell patterns of group names that stay whole.
         config (`PreTrainedConfig`, *optional*): Config of the model, for `"uniform"`.
 
@@ -121,8 +125,8 @@ class Selector:
         """The mask for these scores.
 
         Args:
-            scores (`dict[str, torch.Tensor]`): For each of `self.groups` the importance of its units, of shape (units,), higher
-                is better, on one scale for all groups.
+            scores (`dict[str, torch.Tensor]`): For each of `self.groups` the importance of its units, of shape
+                (units,), higher is better, on one scale for all groups.
 
         Raises:
             CalibrationError: A score is NaN or infinite.
@@ -145,7 +149,7 @@ class Selector:
         """The share of the budget that one unit of a group takes, averaged over the metrics."""
         return sum(self.table.unit[group.name][m] / limit for m, limit in self.limits.items()) / len(self.limits)
 
-    # Costs ------------------------------------------------------------------------------------------------------------
+    # Costs
 
     def _step(self, group: UnitGroup) -> int:
         return self.multiple_of if group.kind == "neurons" else 1
@@ -165,17 +169,17 @@ class Selector:
         for metric, limit in self.limits.items():
             if least[metric] > limit:
                 ratio = math.ceil(least[metric] / self.dense[metric] * 1e4) / 1e4
+                lengths = ", ".join(f"{n:.4g}" for n in self.table.lengths.values())
                 what = " and ".join(sorted({group.kind for group in self.groups}))
                 raise InfeasibleBudgetError(
-                    f"A budget of {limit:,.0f} {metric} ({limit / self.dense[metric]:.4f} of the dense model) can't be met by pruning "
-                    f"{what} ({self.allocation} allocation, at n = {', '.join(f'{n:g}' for n in self.table.lengths.values())} tokens): "
-                    f"the least is {least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
+                    f"A budget of {limit:,.0f} {metric} ({limit / self.dense[metric]:.4f} of the dense model) can't be met "
+                    f"by pruning {what} ({self.allocation} allocation, n = {lengths} tokens): the least is {least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
                 )
         raise InfeasibleBudgetError(
             f"The budget {dict(self.limits)} is met by nothing but its exact floor: raise it a little."
         )
 
-    # Global -----------------------------------------------------------------------------------------------------------
+    # Global
 
     def _global_counts(self, values: Mapping[str, torch.Tensor]) -> dict[str, int]:
         blocks = self._blocks(values)
@@ -220,7 +224,7 @@ class Selector:
             first.append(torch.arange(len(runs)) == 0)
         return _Blocks(*(torch.cat(column) for column in (group, count, score, first)))
 
-    # Uniform ----------------------------------------------------------------------------------------------------------
+    # Uniform
 
     def _uniform_classes(self, config: Any) -> dict[str, tuple[list[UnitGroup], list[int]]]:
         """Groups that share one number in the stock config, and the numbers that it accepts, ascending."""

@@ -1,7 +1,7 @@
 """The prunable units of a model: heads, neurons and layers.
 
-A unit is a slice of the input of one projection, the *site* of its [`UnitGroup`]: the attention output projection for heads,
-the down projection for neurons. Masking, observing and cutting all happen there.
+A unit is a slice of the input of one projection, the *site* of its [`UnitGroup`]: the attention output projection for
+heads, the down projection for neurons. Masking, observing and cutting all happen there.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,12 +28,14 @@ class UnitGroup:
 
     Args:
         name (`str`): The site, relative to the base model: `"encoder.layer.0.output.dense"`. For layers the stack.
-        kind (`"heads"`, `"neurons"` or `"layers"`): Under grouped-query attention a unit of kind `"heads"` is a KV group.
+        kind (`"heads"`, `"neurons"` or `"layers"`): Under grouped-query attention a unit of kind `"heads"` is a KV
+            group.
         size (`int`): Number of units.
         width (`int`): Columns of the site's input that one unit takes. 0 for layers.
         stack (`str`): The stack of layers it belongs to.
         layer (`int`): Index of its layer. -1 for layers.
-        block (`AttentionSpec` or `FeedForwardSpec`, *optional*): Its entry in the table of families. `None` for layers.
+        block (`AttentionSpec` or `FeedForwardSpec`, *optional*): Its entry in the table of families. `None` for
+            layers.
         prunable (`bool`): `False` where units are counted but must stay.
     """
 
@@ -151,7 +153,8 @@ def refuse_unprunable(model: object) -> None:
     """Raise if a model can't be pruned as it is, and say what to do.
 
     Raises:
-        UnsupportedModelError: Not a `PreTrainedModel`, or one with adapters, quantised, on the meta device or offloaded.
+        UnsupportedModelError: Not a `PreTrainedModel`, or one with adapters, quantised, on the meta device or
+        offloaded.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -190,7 +193,8 @@ def prunable_units(model: PreTrainedModel) -> PrunableUnits:
         [`PrunableUnits`]: For each layer the groups of heads and neurons, for each stack the group of its layers.
 
     Raises:
-        UnsupportedModelError: The family is unknown, the model is of a kind that can't be pruned, or its modules are not
+        UnsupportedModelError: The family is unknown, the model is of a kind that can't be pruned, or its modules are
+        not
             where the table of families says.
     """
     refuse_unprunable(model)

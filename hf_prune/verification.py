@@ -18,8 +18,8 @@ from .units import PrunableUnits, UnitGroup, prunable_units
 def verify_architecture(model: PreTrainedModel, inputs: dict[str, torch.Tensor] | None = None) -> None:
     """Prove that the entry of a family is right, on copies of a model: run it once for each family that you register.
 
-    Checked are: every gate is live (closing all but one unit of a group changes the output); masked == shrunk for heads, neurons
-    and layers; the shrunk model saves, loads again and computes the same.
+    Checked are: every gate is live (closing all but one unit of a group changes the output); masked == shrunk for
+    heads, neurons and layers; the shrunk model saves, loads again and computes the same.
 
     Args:
         model (`PreTrainedModel`): A small model of the family in float32, random weights will do. It is not changed.

@@ -16,7 +16,7 @@ def _no_cross_attention(config: Any) -> str | None:
     return None
 
 
-# Encoders ------------------------------------------------------------------------------------------------------------
+# Encoders
 
 _BERT_FEED_FORWARD = FeedForwardSpec(("intermediate.dense",), "output.dense", residual="intermediate.dense")
 
@@ -73,7 +73,7 @@ register_architecture(
 
 
 def _deberta_relative_rows(attention: Any) -> tuple[int, int]:
-    """Rows of relative positions that are projected, and rows that meet every token, per head (He et al. 2021, eq. 4)."""
+    """Rows of relative positions that are projected, and that meet every token, per head (He et al. 2021, eq. 4)."""
     if not attention.relative_attention:
         return 0, 0
     span = 2 * attention.pos_ebd_size
@@ -146,7 +146,7 @@ register_architecture(
     ),
 )
 
-# Decoders ------------------------------------------------------------------------------------------------------------
+# Decoders
 
 
 def _refuse_gpt2(config: Any) -> str | None:
@@ -267,7 +267,7 @@ register_architecture(
     ),
 )
 
-# Encoder-decoders ----------------------------------------------------------------------------------------------------
+# Encoder-decoders
 
 
 def _t5_attention(module: str, cross: bool = False) -> AttentionSpec:

@@ -1,7 +1,7 @@
 """What a model family looks like to a pruner: where its heads and neurons are written, and where they are read.
 
-All module names are relative to one transformer layer, unless said otherwise. `neurons` are the units of a feed-forward
-block, `heads` those of an attention block (a KV group under grouped-query attention).
+All module names are relative to one transformer layer, unless said otherwise. `neurons` are the units of a
+feed-forward block, `heads` those of an attention block (a KV group under grouped-query attention).
 """
 
 from collections.abc import Callable
@@ -18,18 +18,19 @@ class AttentionSpec:
         output (`str`): The output projection. Its input is the site at which heads are masked, observed and cut.
         query, key, value (`str`): The input projections, relative to `module`. Unused when `fused` is given.
         fused (`str`): The one projection that computes query, key and value, relative to `module`.
-        fused_order (`"blocks"` or `"interleaved"`): Rows of `fused`: all queries, all keys, all values; or head by head.
+        fused_order (`"blocks"` or `"interleaved"`): Rows of `fused`: all queries, all keys, all values; or head by
+            head.
         extra (`tuple[str, ...]`): Further projections with one row block per query head, cut where they exist.
         head_dim (`str`): Attribute of `module` with the size of one head.
-        heads, kv_heads, width (`tuple[str, ...]`): Attributes of `module` with the number of query heads, of KV heads, and
-            with heads x head size. Those that a version of the family lacks are skipped.
+        heads, kv_heads, width (`tuple[str, ...]`): Attributes of `module` with the number of query heads, of KV heads,
+            and with heads x head size. Those that a version of the family lacks are skipped.
         config_heads (`bool`): The forward pass reads the head counts from `module.config`.
         residual (`str`, *optional*): Module whose input is the residual stream to which the block's output is added.
             `""` is the layer itself, `None` means that the output is normalised before it is added.
         cross (`bool`): Keys and values come from the encoder.
         prunable (`bool`): Heads can be cut without a change of the function computed by those that stay.
-        relative_rows (`Callable`, *optional*): Given the module, how many rows of relative positions are projected, and how
-            many meet every token, for each head (DeBERTa's disentangled attention).
+        relative_rows (`Callable`, *optional*): Given the module, how many rows of relative positions are projected,
+            and how many meet every token, for each head (DeBERTa's disentangled attention).
     """
 
     module: str
@@ -56,12 +57,13 @@ class FeedForwardSpec:
     """The feed-forward block of a layer.
 
     Args:
-        inputs (`tuple[str, ...]`): The projections that compute the neurons: one, or gate and up. Names that a variant of the
-            family lacks are skipped.
+        inputs (`tuple[str, ...]`): The projections that compute the neurons: one, or gate and up. Names that a variant
+            of the family lacks are skipped.
         output (`str`): The down projection. Its input is the site at which neurons are masked, observed and cut.
         fused_gate (`bool`): The one input projection computes gate and up, one after the other.
         width (`tuple[str, ...]`): Attributes, relative to the layer, that hold the number of neurons.
-        residual (`str` or `Callable`, *optional*): As in [`AttentionSpec`]; a function of the layer where that depends on it.
+        residual (`str` or `Callable`, *optional*): As in [`AttentionSpec`]; a function of the layer where that depends
+            on it.
     """
 
     inputs: tuple[str, ...]
@@ -77,11 +79,12 @@ class StackSpec:
 
     Args:
         layers (`str`): The `ModuleList`, relative to the base model.
-        attention (`tuple[AttentionSpec, ...]`): The attention blocks whose heads can be pruned, in the order of the forward pass.
+        attention (`tuple[AttentionSpec, ...]`): The attention blocks whose heads can be pruned, in the order of the
+            forward pass.
         feed_forward (`FeedForwardSpec`): The feed-forward block.
-        config_neurons, config_heads, config_kv_heads, config_head_dim, config_depth (`str`): Attributes of the config that hold
-            the number of neurons, heads and KV heads, the size of a head, and the number of layers. `""` where the stock model
-            class can't hold a pruned number.
+        config_neurons, config_heads, config_kv_heads, config_head_dim, config_depth (`str`): Attributes of the config
+            that hold the number of neurons, heads and KV heads, the size of a head, and the number of layers. `""`
+            where the stock model class can't hold a pruned number.
         per_layer (`tuple[str, ...]`): Attributes of the config with one entry a layer.
         fixed_layers (`tuple[int, ...]`): Layers that do more than the others and can't be dropped.
         decoder (`bool`): The second stack of an encoder-decoder.

@@ -1,7 +1,7 @@
 """Save a pruned model so that it provably loads again.
 
-The checkpoint is written to a folder beside the target, reloaded as a user would, compared with the model in memory, and only then
-put in the target's place: a crash at any moment leaves the old folder or the new one.
+The checkpoint is written to a folder beside the target, reloaded as a user would, compared with the model in memory,
+and only then put in the target's place: a crash at any moment leaves the old folder or the new one.
 """
 
 import ctypes
@@ -43,22 +43,26 @@ def save_pretrained(
 ) -> None:
     """Save a model, reload it, compare, and only then replace what was in the folder.
 
-    A shrunk model loads with plain `from_pretrained`: with nothing but transformers where its config can hold the shapes, else
-    after `import hf_prune`. A model that is masked but not shrunk is saved dense, with zeros in place of the pruned columns.
+    A shrunk model loads with plain `from_pretrained`: with nothing but transformers where its config can hold the
+    shapes, else after `import hf_prune`. A model that is masked but not shrunk is saved dense, with zeros in place of
+    the pruned columns.
 
     Args:
         model (`PreTrainedModel`): The model.
         save_directory (`str` or path): The folder. Files in it that belong to no model stay.
         processing_class (*optional*): Tokenizer or processor to save beside it.
-        mask ([`PruningMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the mask that the model carries.
+        mask ([`PruningMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the mask that the model
+            carries.
         report ([`PruningReport`], *optional*): To save as `pruning_report.json`.
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that
             `from_pretrained(..., trust_remote_code=True)` loads the model where hf_prune is not installed.
-        options: Passed on to `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant`. With an explicit `state_dict`, as
-            `Trainer` passes for its checkpoints, the stock method runs alone: the weights are not those in memory.
+        options: Passed on to `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant`. With an explicit
+            `state_dict`, as `Trainer` passes for its checkpoints, the stock method runs alone: the weights are not those
+            in memory.
 
     Raises:
-        SaveError: The folder can't be written, or what was written did not reload to the same function. The old folder is intact.
+        SaveError: The folder can't be written, or what was written did not reload to the same function. The old folder
+            is intact.
         MaskError: The model is masked to skip whole layers: shrink it first.
     """
     if (
@@ -121,7 +125,7 @@ def _folded(model: PreTrainedModel, state: dict[str, torch.Tensor], mask: Prunin
     return state
 
 
-# Reload and compare ----------------------------------------------------------------------------------------------------
+# Reload and compare
 
 
 def _verify(
@@ -150,8 +154,8 @@ def _verify(
     scale = ours.abs().max().clamp_min(1.0)
     if ours.shape != theirs.shape or not bool((ours - theirs).abs().max() <= tolerance * scale):
         raise SaveError(
-            f"The saved {name} computes something else when it is reloaded, nothing was replaced. A {model.config.model_type} keeps state "
-            "that its config and weights do not hold; please report this."
+            f"The saved {name} computes something else when it is reloaded, nothing was replaced: a "
+            f"{model.config.model_type} keeps state that its config and weights do not hold. Please report this."
         )
 
 
@@ -194,7 +198,7 @@ def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.T
     return first
 
 
-# Put in place ----------------------------------------------------------------------------------------------------------
+# Put in place
 
 
 @contextmanager
@@ -236,7 +240,7 @@ _OF_A_MODEL = (
 
 
 def _link_others(source: Path, staging: Path) -> None:
-    """What else is in the folder (tokenizer, checkpoints, logs) stays: as hard links where the file system has them."""
+    """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
 
     def link(old: str, new: str) -> None:
         try:

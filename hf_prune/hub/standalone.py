@@ -1,4 +1,4 @@
-"""Code that travels with a checkpoint, so that it loads with `trust_remote_code=True` where hf_prune is not installed."""
+"""Code that travels with a checkpoint: it loads with `trust_remote_code=True` where hf_prune is not installed."""
 
 import inspect
 import json
@@ -12,7 +12,7 @@ from .. import layout
 
 MODULE = "modeling_hf_prune"
 
-_HEAD = '''"""Rebuilds the shapes of a pruned model. Made by hf_prune (Apache-2.0); config.hf_prune holds the shapes."""
+_HEAD = '''"""Rebuilds the shapes of a pruned model, held by config.hf_prune. Made by hf_prune (Apache-2.0)."""
 
 from typing import Any
 

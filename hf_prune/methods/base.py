@@ -34,15 +34,17 @@ class PruningConfig:
     """Options of all structured one-shot methods.
 
     Args:
-        budget (`dict[str, float]`): The most that the pruned model may cost, by metric: `{"macs": 0.6}` keeps at most 60 % of the
-            multiply-accumulates, `{"params": 40_000_000}` at most that many parameters. Metrics: `"macs"`, `"params"`,
-            `"memory"` (bytes of weights). Several limits hold at once.
-        allocation (`"global"` or `"uniform"`, *optional*, defaults to `"global"`): Whether units compete over all layers, or each
-            layer keeps equally many, in numbers that a stock config holds, so that plain transformers loads the result.
+        budget (`dict[str, float]`): The most that the pruned model may cost, by metric: `{"macs": 0.6}` keeps at most
+            60 % of the multiply-accumulates, `{"params": 40_000_000}` at most that many parameters. Metrics: `"macs"`,
+            `"params"`, `"memory"` (bytes of weights). Several limits hold at once.
+        allocation (`"global"` or `"uniform"`, *optional*, defaults to `"global"`): Whether units compete over all
+            layers, or each layer keeps equally many, in numbers that a stock config holds, so that plain transformers
+            loads the result.
         multiple_of (`int`, *optional*, defaults to 1): Keep a multiple of this many neurons in each layer.
-        exclude (`tuple[str, ...]`, *optional*): Shell patterns of unit groups that stay whole: `("encoder.layer.0.*",)`.
-        sequence_length (`float`, *optional*): Tokens per example for MACs. Defaults to the mean of the calibration data, to 128
-            without data.
+        exclude (`tuple[str, ...]`, *optional*): Shell patterns of unit groups that stay whole:
+            `("encoder.layer.0.*",)`.
+        sequence_length (`float`, *optional*): Tokens per example for MACs. Defaults to the mean of the calibration
+            data, to 128 without data.
         target_length (`float`, *optional*): The same for a decoder that follows an encoder.
 
     Raises:
@@ -136,7 +138,8 @@ class Pruner(ABC, Generic[C]):
         """Decide what stays.
 
         Args:
-            model (`PreTrainedModel`): The model, unmasked. Weight values may change, as the last step, once nothing can fail.
+            model (`PreTrainedModel`): The model, unmasked. Weight values may change, as the last step, once nothing
+                can fail.
             units ([`PrunableUnits`]): Its units.
             calibrator ([`Calibrator`], *optional*): The data, `None` only where `needs_data` is `False`.
         """

@@ -1,7 +1,8 @@
-"""KCM, kernelized convex masking: Nova, Dai, Schuurmans, "Gradient-Free Structured Pruning with Unlabeled Data", ICML 2023.
+"""KCM, kernelized convex masking: Nova et al., "Gradient-Free Structured Pruning with Unlabeled Data", ICML 2023.
 
-Prunes feed-forward neurons with unlabelled data and no gradients. The score of a neuron is how well its output vector represents
-those of its layer (R2, from the weights) times how active it is (D2, from the data); the best of all layers are kept.
+Prunes feed-forward neurons with unlabelled data and no gradients. The score of a neuron is how well its output vector
+represents those of its layer (R2, from the weights) times how active it is (D2, from the data); the best of all layers
+are kept.
 """
 
 from dataclasses import dataclass
@@ -23,17 +24,22 @@ class KCMConfig(PruningConfig):
     """Options of KCM. See [`PruningConfig`] for the others.
 
     Args:
-        score (`"r2d2"`, `"r2"` or `"d2"`, *optional*, defaults to `"r2d2"`): The paper's merge of both scores, or one alone.
-        r2 (`"density"` or `"iterated"`, *optional*, defaults to `"density"`): The closed form of one multiplicative update, which
-            costs N²·d for N neurons of width d; or up to `max_iterations` updates of N³ each (Algorithm 2).
-        d2 (`"mean_abs"`, `"mean"` or `"rms"`, *optional*, defaults to `"mean_abs"`): What is averaged over real tokens, before each
-            layer is divided by its Euclidean norm. The paper gives neither sign nor normaliser: this is the project's reading.
-        sigma (`float` or `"median"`, *optional*, defaults to 1.0): Width of the kernel exp(−‖w_i − w_j‖² / σ²); `"median"` takes
-            the median distance of each layer, for weights so large that σ = 1 makes all neurons equally far apart.
+        score (`"r2d2"`, `"r2"` or `"d2"`, *optional*, defaults to `"r2d2"`): The paper's merge of both scores, or one
+            alone.
+        r2 (`"density"` or `"iterated"`, *optional*, defaults to `"density"`): The closed form of one multiplicative
+            update, which costs N²·d for N neurons of width d; or up to `max_iterations` updates of N³ each (Algorithm
+            2).
+        d2 (`"mean_abs"`, `"mean"` or `"rms"`, *optional*, defaults to `"mean_abs"`): What is averaged over real
+            tokens, before each layer is divided by its Euclidean norm. The paper gives neither sign nor normaliser:
+            this is the project's reading.
+        sigma (`float` or `"median"`, *optional*, defaults to 1.0): Width of the kernel exp(−‖w_i − w_j‖² / σ²);
+            `"median"` takes the median distance of each layer, for weights so large that σ = 1 makes all neurons
+            equally far apart.
         alpha (`float`, *optional*, defaults to 0.01): `"iterated"` stops when the relative L1 change falls to this.
         max_iterations (`int`, *optional*, defaults to 20): Cap on the updates.
-        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output weights are refitted to
-            the dense model: exact least squares, one factor per neuron (the paper's choice), or not at all.
+        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output weights are
+            refitted to the dense model: exact least squares, one factor per neuron (the paper's choice), or not at
+            all.
     """
 
     score: Literal["r2d2", "r2", "d2"] = "r2d2"
@@ -67,7 +73,7 @@ def gaussian_kernel(vectors: torch.Tensor, sigma: float | Literal["median"] = 1.
 
 
 def density_score(kernel: torch.Tensor) -> torch.Tensor:
-    """diag(C) after one update of Algorithm 2 from C = 1/N: 1 / sqrt(N·Σ_j K_ij), an inverse kernel density. -> (N,)"""
+    """diag(C) after one update of Algorithm 2 from C = 1/N, an inverse kernel density: 1 / sqrt(N·Σ_j K_ij) -> (N,)"""
     return (len(kernel) * kernel.sum(1)).rsqrt()
 
 
@@ -76,7 +82,8 @@ def representative_score(
 ) -> tuple[torch.Tensor, int]:
     """R2, Algorithm 2: diag(C) of the convex mask C that minimises ‖φ(W) − φ(W)·C‖² by C ← C ∘ sqrt(K ⊘ K·C).
 
-    The printed stopping rule compares signed sums and always stops after one update; this one compares ‖ΔC‖₁ with ‖C‖₁.
+    The printed stopping rule compares signed sums and always stops after one update; this one compares ‖ΔC‖₁ with
+    ‖C‖₁.
 
     Args:
         kernel (`torch.Tensor`): K, (N, N).
@@ -88,13 +95,15 @@ def representative_score(
     """
     tiny = torch.finfo(kernel.dtype).tiny  # far-apart neurons underflow to K = C = 0, and 0/0 is NaN
     mask = torch.full_like(kernel, 1 / len(kernel))
-    for iteration in range(1, max_iterations + 1):
+    iterations = 0
+    while iterations < max_iterations:
+        iterations += 1
         updated = mask * (kernel / (kernel @ mask).clamp_min(tiny)).sqrt()
         change = (updated - mask).abs().sum() / mask.sum()
         mask = updated
         if change <= alpha:
             break
-    return mask.diagonal(), iteration
+    return mask.diagonal(), iterations
 
 
 def merged_score(r2: torch.Tensor, activity: torch.Tensor) -> torch.Tensor:
