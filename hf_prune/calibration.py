@@ -27,14 +27,18 @@ Batch = dict[str, torch.Tensor]
 _PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
 
-class Statistic(Protocol):
+class Sums(Protocol):
+    """Something that adds up over tokens, and so over processes."""
+
+    def sums(self) -> list[torch.Tensor]:
+        """The tensors in which it is kept, reduced over processes in place."""
+
+
+class Statistic(Sums, Protocol):
     """What a method wants to know about the inputs of one site."""
 
     def update(self, inputs: torch.Tensor) -> None:
         """Take the inputs of some real tokens, of shape (tokens, columns)."""
-
-    def sums(self) -> list[torch.Tensor]:
-        """The tensors in which it is kept: sums over tokens, reduced over processes in place."""
 
 
 class Moments:
@@ -83,7 +87,7 @@ class Calibrator:
         data: One of
             - a list (or other sequence) or `datasets.Dataset` of examples: dicts of model inputs, or of text, or plain
               strings;
-            - a `DataLoader` or any other iterable (a generator) of batches, dicts of tensors. It is read once and kept.
+            - a `DataLoader` or any other iterable (a generator) of batches, dicts of tensors, read once and kept.
         processing_class (*optional*): The tokenizer (or processor) for text; also used to pad examples.
         text_column (`str`, *optional*): Which column holds the text. Not needed when there is just one.
         max_samples (`int`, *optional*): Read this many examples and no more. All by default.
@@ -125,7 +129,7 @@ class Calibrator:
         self._accepted = set(inspect.signature(model.forward).parameters)
         if isinstance(data, str | Mapping):
             raise CalibrationError(
-                f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset, a DataLoader."
+                f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset or a loader."
             )
         if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or _is_batch(next(iter(data), None)):
             batches = _whole_batches(data, max_samples)
@@ -193,7 +197,7 @@ class Calibrator:
         self.reduce(statistics)
         return calls
 
-    def reduce(self, statistics: Mapping[str, Statistic]) -> None:
+    def reduce(self, statistics: Mapping[str, Sums]) -> None:
         """Sum statistics over the processes, and check them.
 
         Raises:
@@ -221,7 +225,7 @@ class Calibrator:
                 module.training = training
 
     def real_tokens(self, batch: Batch, stack: str) -> torch.Tensor | None:
-        """Which positions of a batch are real in a stack: bool of shape (batch, tokens), `None` if there is no padding."""
+        """Which positions of a batch are real in a stack: bool of shape (batch, tokens), `None` if all are."""
         spec = self.units.stacks[stack]
         if spec.fixed_length is not None:
             return None
@@ -231,13 +235,13 @@ class Calibrator:
         if "decoder_attention_mask" in batch:
             return batch["decoder_attention_mask"].bool()
         if "labels" in batch and "decoder_input_ids" not in batch:
-            return batch["labels"] != -100
+            return batch["labels"].ne(-100)
         name = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
         if name not in batch or self.model.config.pad_token_id is None:
             return None
         # The start token may be the padding token: real is what comes before the last token that is none.
-        text = batch[name] != self.model.config.pad_token_id
-        real = text.flip(1).cumsum(1).flip(1) > 0
+        text = batch[name].ne(self.model.config.pad_token_id)
+        real = text.flip(1).cumsum(1).flip(1).gt(0)
         real[:, 0] = True
         return real
 
@@ -258,8 +262,8 @@ class Calibrator:
         main = self.model.main_input_name
         if not usable or (main not in usable and "inputs_embeds" not in usable):
             raise CalibrationError(
-                f"{type(self.model).__name__} needs {main!r}, the calibration data have {sorted(map(str, batch))}. Pass "
-                "text with processing_class=tokenizer, or tokenised examples."
+                f"{type(self.model).__name__} needs {main!r}, the calibration data have {sorted(map(str, batch))}. "
+                "Pass text with processing_class=tokenizer, or tokenised examples."
             )
         if self.model.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(usable):
             if "labels" not in usable and any(spec.decoder for spec in self.units.stacks.values()):
@@ -347,9 +351,8 @@ class _Reader:
         self, model: PreTrainedModel, processing_class: Any, text_column: str | None, max_length: int | None
     ) -> None:
         self.processing_class, self.text_column, self.main_input = processing_class, text_column, model.main_input_name
-        self.pad_token = getattr(processing_class, "pad_token_id", None)
-        if self.pad_token is None:
-            self.pad_token = getattr(model.config, "pad_token_id", None) or 0
+        tokens = (getattr(source, "pad_token_id", None) for source in (processing_class, model.config))
+        self.pad_token: int = next((token for token in tokens if token is not None), 0)
         limits = [
             getattr(processing_class, "model_max_length", None),
             getattr(model.config, "max_position_embeddings", None),
@@ -406,7 +409,8 @@ class _Reader:
                 raise CalibrationError(f"Some examples have {key!r} and some have not.")
             values = [item[key] for item in items]
             if values[0].dim() == 1:
-                batch[key] = pad_sequence(values, batch_first=True, padding_value=_PADDING.get(key, self.pad_token))
+                padding = float(_PADDING.get(key, self.pad_token))
+                batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
             elif len({value.shape for value in values}) == 1:
                 batch[key] = torch.stack(values)
             else:

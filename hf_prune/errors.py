@@ -3,7 +3,7 @@
 Every one of them is raised before a weight changes, unless its message says otherwise.
 
 PruningError
-├── UnsupportedModelError (TypeError)   the model can't be pruned as it is: unknown, wrapped, quantised, offloaded, meta
+├── UnsupportedModelError (TypeError)   the model can't be pruned as it is: unknown, wrapped, quantised or offloaded
 ├── ConfigError (ValueError)            an option is out of range, unknown, or matches nothing
 │   └── InfeasibleBudgetError           the budget lies below what the units in play can reach
 ├── MaskError (ValueError)              a mask is malformed or belongs to another model

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .masks import PruningMask
-from .units import PrunableUnits, UnitGroup, base_model, kept_columns, prunable_units
+from .units import PrunableUnits, UnitGroup, base_model, kept_columns, projection, prunable_units
 
 GATE = "hf_prune_gate"
 
@@ -94,7 +94,7 @@ def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
                 layers[index].add_module(GATE, SkipGate())
                 layers[index].register_forward_hook(_skip_layer, with_kwargs=True)
         elif not keep.all():
-            module = base.get_submodule(group.name)
+            module = projection(base, group.name)
             keep = keep.to(module.weight.device)
             attach_gate(module, MaskGate(keep, keep.repeat_interleave(group.width)))
 

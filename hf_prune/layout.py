@@ -166,7 +166,8 @@ def describe(model: "PreTrainedModel", dense: "PreTrainedModel") -> dict[str, di
     for name, module in model.base_model.named_modules():
         if name not in theirs:
             raise LayoutError(f"{type(model).__name__} has a module {name!r} that its config does not build.")
-        other, entry = theirs[name], {}
+        other = theirs[name]
+        entry: dict[str, Any] = {}
         mine = {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
         if mine != {key: tuple(p.shape) for key, p in other.named_parameters(recurse=False)}:
             if not isinstance(module, nn.Linear | Conv1D):
@@ -247,7 +248,8 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
 def enable() -> None:
     """Let `from_pretrained` and `from_config` build shrunk models.
 
-    `PreTrainedModel.post_init` ends with [`apply_layout`] from then on. `import hf_prune` calls this. Configs without a layout are not affected.
+    `PreTrainedModel.post_init` ends with [`apply_layout`] from then on; `import hf_prune` calls this. Configs without
+    a layout are not affected.
     """
     if _MODELING not in sys.modules:
         if not any(isinstance(finder, _PatchOnImport) for finder in sys.meta_path):

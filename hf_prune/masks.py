@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import MaskError, unknown
-from .units import Kind, PrunableUnits
+from .units import KINDS, Kind, PrunableUnits
 
 MASK_FILE = "pruning_mask.safetensors"
 _VERSION = 1
@@ -73,7 +73,7 @@ class PruningMask(Mapping[str, torch.Tensor]):
         return len(self._keep)
 
     def __repr__(self) -> str:
-        kinds = [kind for kind in ("heads", "neurons", "layers") if self.total(kind)]
+        kinds = [kind for kind in KINDS if self.total(kind)]
         return (
             f"PruningMask({self.model_type}: " + ", ".join(f"{self.kept(k)}/{self.total(k)} {k}" for k in kinds) + ")"
         )
@@ -169,8 +169,8 @@ class PruningMask(Mapping[str, torch.Tensor]):
                 )
             kinds, keep = {}, {}
             for name, group in data["groups"].items():
-                if group["kind"] not in ("heads", "neurons", "layers"):
-                    raise MaskError(unknown(f"kind of {name}", group["kind"], ("heads", "neurons", "layers")))
+                if group["kind"] not in KINDS:
+                    raise MaskError(unknown(f"kind of {name}", group["kind"], KINDS))
                 size, kept = group["size"], group["keep"]
                 if (
                     type(size) is not int

@@ -58,7 +58,7 @@ def _prunable_class(cls: type) -> type:
 
 
 def _restore(cls: type) -> PreTrainedModel:
-    new = _prunable_class(cls)
+    new: Any = _prunable_class(cls)
     return cast(PreTrainedModel, new.__new__(new))
 
 

@@ -110,7 +110,8 @@ def scale_solve(equations: NormalEquations, weight: torch.Tensor, width: int, li
     right = per_unit((equations.cross * old).sum(1))
     eye = torch.eye(units, dtype=old.dtype, device=old.device)
     factor = 1 + torch.linalg.solve(gram @ gram + eye, gram @ (right - gram.sum(1)))
-    return old * factor.clamp(-limit, limit).repeat_interleave(width)[:, None]
+    scaled: torch.Tensor = old * factor.clamp(-limit, limit).repeat_interleave(width)[:, None]
+    return scaled
 
 
 def reconstruct(
@@ -280,8 +281,8 @@ class _Walk:
         kept = len(equations.gram)
         if equations.count < kept // group.width:
             raise CalibrationError(
-                f"{group.name} keeps {kept // group.width} units, the calibration data have {int(equations.count)} real "
-                "tokens: give more data to reconstruct it, or set recover='none'."
+                f"{group.name} keeps {kept // group.width} units, the calibration data have {int(equations.count)} "
+                "real tokens: give more data to reconstruct it, or set recover='none'."
             )
         return equations, ends
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from .errors import PruningError
 from .masks import PruningMask
-from .units import PrunableUnits
+from .units import KINDS, PrunableUnits
 
 REPORT_FILE = "pruning_report.json"
 _PACKAGES = ("hf_prune", "transformers", "torch", "accelerate", "datasets")
@@ -56,14 +56,15 @@ class PruningReport:
 
     def __str__(self) -> str:
         lengths = ", ".join(f"{n:.4g}" for n in self.sequence_lengths.values())
-        kept = {kind: [0, 0] for kind in ("heads", "neurons", "layers")}
+        kept: dict[str, list[int]] = {kind: [0, 0] for kind in KINDS}
         for row in self.units:
             kept[row["kind"]][0] += row["kept"]
             kept[row["kind"]][1] += row["size"]
         parts = [f"{a:,} of {b:,} {kind}" for kind, (a, b) in kept.items() if b]
         return (
             f"{self.method}: MACs {self.ratio('macs'):.1%} (n = {lengths} tokens), "
-            f"parameters {self.ratio('params'):.1%}, kept {', '.join(parts)}, in {self.seconds:.1f} s. MACs are not time: measure it with `hf-prune bench`."
+            f"parameters {self.ratio('params'):.1%}, kept {', '.join(parts)}, in "
+            f"{self.seconds:.1f} s. MACs are not time: measure it with `hf-prune bench`."
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
             limits[metric] = value * dense[metric] if value <= 1 else value
             if limits[metric] > dense[metric]:
                 raise ConfigError(
-                    f"budget[{metric!r}] = {budget[metric]:,} is more than the {dense[metric]:,.0f} that the model costs already."
+                    f"budget[{metric!r}] = {budget[metric]:,} is more than the {dense[metric]:,.0f} of the model."
                 )
     return limits
 
@@ -56,7 +56,7 @@ def check_budget(budget: Any) -> None:
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value <= 0 or (value > 1 and value != int(value)):
             raise ConfigError(
-                f"budget[{metric!r}] must be the ratio to keep, in (0, 1], or an absolute whole number above 1, got {value!r}."
+                f"budget[{metric!r}] must be the ratio to keep, in (0, 1], or a whole number above 1, got {value!r}."
             )
 
 
@@ -172,8 +172,9 @@ class Selector:
                 lengths = ", ".join(f"{n:.4g}" for n in self.table.lengths.values())
                 what = " and ".join(sorted({group.kind for group in self.groups}))
                 raise InfeasibleBudgetError(
-                    f"A budget of {limit:,.0f} {metric} ({limit / self.dense[metric]:.4f} of the dense model) can't be met "
-                    f"by pruning {what} ({self.allocation} allocation, n = {lengths} tokens): the least is {least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
+                    f"A budget of {limit:,.0f} {metric} ({limit / self.dense[metric]:.4f} of the dense one) can't be "
+                    f"met by pruning {what} ({self.allocation} allocation, n = {lengths} tokens): the least is "
+                    f"{least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
                 )
         raise InfeasibleBudgetError(
             f"The budget {dict(self.limits)} is met by nothing but its exact floor: raise it a little."
@@ -217,7 +218,7 @@ class Selector:
             step = self._step(g)
             full = max(g.size // step, 1)
             sizes = [step] * (full - 1) + [g.size - step * (full - 1)]  # the worst block takes what is left over
-            runs = values[g.name].sort(descending=True).values.split(sizes)
+            runs = torch.split(values[g.name].sort(descending=True).values, sizes)
             group.append(torch.full((len(runs),), index))
             count.append(torch.tensor([len(run) for run in runs]))
             score.append(torch.stack([run.sum() for run in runs]) if step > 1 else torch.cat(runs))
@@ -279,15 +280,18 @@ class Selector:
         if excluded:
             return f"exclude leaves no {what} to prune."
         if self.allocation == "uniform":
-            return f"The stock config of {family} can't hold fewer {what}: use allocation='global' (loads with `import hf_prune`)."
-        return f"There are no {what} to prune in this {family} model{': ' + n if (n := self.units.architecture.note) else ''}."
+            return (
+                f"The stock config of {family} can't hold fewer {what}: use allocation='global', the result loads "
+                "with `import hf_prune`."
+            )
+        note = self.units.architecture.note
+        return f"There are no {what} to prune in this {family} model{': ' + note if note else ''}."
 
 
 def _first_of_each(group: torch.Tensor) -> torch.Tensor:
     """Positions at which a group index occurs for the first time."""
-    _, inverse = group.unique(return_inverse=True)
-    first = torch.full((int(inverse.max()) + 1,), len(group))
-    return first.scatter_reduce(0, inverse, torch.arange(len(group)), "amin")
+    ordered, position = group.sort(stable=True)
+    return position[torch.cat([torch.ones(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])]
 
 
 def _stock_head_counts(config: Any, stack: Any, group: UnitGroup, size: int) -> list[int]:

@@ -27,7 +27,7 @@ def cut(module: Projection, index: torch.Tensor, side: str) -> None:
     conv = isinstance(module, Conv1D)
     outputs = side == "outputs"
 
-    def select(parameter: nn.Parameter, dim: int) -> nn.Parameter:
+    def select(parameter: torch.Tensor, dim: int) -> nn.Parameter:
         small = parameter.detach().index_select(dim, index.to(parameter.device))
         return nn.Parameter(small, requires_grad=parameter.requires_grad)
 
@@ -71,7 +71,9 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None
     if spec.config_heads:
         config = attention.config
         whole = config._config if isinstance(config, ConfigView) else config
-        attention.config = ConfigView(whole, {"num_attention_heads": kept * group, "num_key_value_heads": kept})
+        attention.config = ConfigView(  # type: ignore[assignment]
+            whole, {"num_attention_heads": kept * group, "num_key_value_heads": kept}
+        )
 
 
 def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor) -> None:
@@ -124,7 +126,7 @@ def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
             fixed = [index for index in stack.fixed_layers if index < len(keep) and not keep[index]]
             if fixed:
                 raise MaskError(
-                    f"Layer {fixed[0]} of {group.name} can't be dropped in {units.model_type}: the others depend on it."
+                    f"Layer {fixed[0]} of {group.name} can't be dropped: the others of a {units.model_type} need it."
                 )
             if not keep.any():
                 raise MaskError(f"The mask drops all layers of {group.name}: keep at least one.")

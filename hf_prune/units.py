@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import nn
@@ -18,8 +18,9 @@ from transformers.pytorch_utils import Conv1D
 from .architectures import Architecture, AttentionSpec, FeedForwardSpec, StackSpec, get_architecture
 from .errors import ConfigError, UnsupportedModelError, unknown
 
-Projection = nn.Linear | Conv1D
+Projection: TypeAlias = nn.Linear | Conv1D
 Kind = Literal["heads", "neurons", "layers"]
+KINDS: tuple[Kind, ...] = ("heads", "neurons", "layers")
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class PrunableUnits(Mapping[str, UnitGroup]):
         return len(self._groups)
 
     def __repr__(self) -> str:
-        counts = {kind: sum(g.size for g in self.of_kind(kind)) for kind in ("heads", "neurons", "layers")}
+        counts = {kind: sum(g.size for g in self.of_kind(kind)) for kind in KINDS}
         return f"PrunableUnits({self.model_type}: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ")"
 
     @cached_property
@@ -122,7 +123,7 @@ def projection(root: nn.Module, path: str) -> Projection:
     if type(module) is nn.Linear or isinstance(module, Conv1D):
         return module
     raise UnsupportedModelError(
-        f"{path} is a {type(module).__name__}, not a plain Linear or Conv1D. Merge adapters and dequantise before pruning."
+        f"{path} is a {type(module).__name__}, no plain Linear or Conv1D: merge adapters and dequantise first."
     )
 
 

@@ -71,7 +71,7 @@ def _masks(units: PrunableUnits) -> list[tuple[PruningMask, str]]:
 
     found = []
     for kind in ("heads", "neurons"):
-        groups = [g for g in units.of_kind(kind) if g.prunable and g.size > 1]  # type: ignore[arg-type]
+        groups = [g for g in units.of_kind(kind) if g.prunable and g.size > 1]
         if groups:
             found.append((PruningMask({g.name: half(g) for g in groups}, units), kind))
     for name, stack in units.stacks.items():

@@ -127,7 +127,7 @@ register_architecture(
 
 def _patches(config: Any) -> int:
     size, patch = ((x, x) if isinstance(x, int) else tuple(x) for x in (config.image_size, config.patch_size))
-    return (size[0] // patch[0]) * (size[1] // patch[1]) + 1
+    return int(size[0] // patch[0]) * int(size[1] // patch[1]) + 1
 
 
 register_architecture(

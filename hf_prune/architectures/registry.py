@@ -50,7 +50,7 @@ def get_architecture(model_type: str) -> Architecture:
                 "model_type",
                 model_type,
                 _ARCHITECTURES,
-                "To add a family, describe its layers with `hf_prune.register_architecture(model_type, Architecture(...))` "
-                "and prove the entry with `hf_prune.verify_architecture(model)`.",
+                "To add a family, describe its layers with `hf_prune.register_architecture(model_type, "
+                "Architecture(...))` and prove the entry with `hf_prune.verify_architecture(model)`.",
             )
         ) from None

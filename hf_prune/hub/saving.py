@@ -57,8 +57,8 @@ def save_pretrained(
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that
             `from_pretrained(..., trust_remote_code=True)` loads the model where hf_prune is not installed.
         options: Passed on to `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant`. With an explicit
-            `state_dict`, as `Trainer` passes for its checkpoints, the stock method runs alone: the weights are not those
-            in memory.
+            `state_dict`, as `Trainer` passes for its checkpoints, the stock method runs alone: the weights are not
+            those in memory.
 
     Raises:
         SaveError: The folder can't be written, or what was written did not reload to the same function. The old folder
@@ -82,7 +82,7 @@ def save_pretrained(
     if carried is not None:
         state = _folded(model, state, carried)
         logger.warning(
-            "The model is masked but not shrunk: it is saved with all its parameters. Call shrink(model) to make it smaller."
+            "The model is masked but not shrunk: it is saved with all its parameters. shrink(model) cuts them."
         )
     with _staging(target) as staging:
         if standalone:  # remote code skips the renaming of weights that some families need at load

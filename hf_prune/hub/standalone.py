@@ -3,6 +3,7 @@
 import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import PreTrainedModel
@@ -49,7 +50,7 @@ def add_standalone_code(model: PreTrainedModel, directory: Path) -> None:
     """Write the module, and point `auto_map` in config.json to it."""
     autos = auto_classes(model.config.model_type)
     names = sorted({*autos.values(), type(model).__name__})
-    parts = [layout.ConfigView, layout._count, layout._layout_modules, layout._slice, layout.apply_layout]
+    parts: list[Any] = [layout.ConfigView, layout._count, layout._layout_modules, layout._slice, layout.apply_layout]
     source = _HEAD + "\n\n".join([*map(inspect.getsource, parts), *(_CLASS.format(name=name) for name in names)])
     (directory / f"{MODULE}.py").write_text(source, encoding="utf-8")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

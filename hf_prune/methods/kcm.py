@@ -108,7 +108,9 @@ def representative_score(
 
 def merged_score(r2: torch.Tensor, activity: torch.Tensor) -> torch.Tensor:
     """S = R2 ∘ D2 / ‖D2‖₂ for one layer (Algorithm 1, lines 9-13). Shapes (N,)."""
-    return r2 * activity / activity.norm().clamp_min(torch.finfo(activity.dtype).tiny)
+    norm = torch.linalg.vector_norm(activity).clamp_min(torch.finfo(activity.dtype).tiny)
+    merged: torch.Tensor = r2 * activity / norm
+    return merged
 
 
 @register_pruner("kcm", KCMConfig)
