@@ -138,7 +138,15 @@ class Selector:
                 raise CalibrationError(
                     f"The scores of {group.name} are not finite: check its weights and the calibration data."
                 )
-        counts = self._uniform_counts() if self.allocation == "uniform" else self._global_counts(values)
+        if self.allocation == "uniform":
+            return self._mask(values, self._uniform_counts())
+        # A budget that is met exactly must count as met, although sums in another order round to another last bit.
+        mask = self._mask(values, self._global_counts(values, slack=1e-12))
+        if not self._fits(self.table.of(mask)):
+            mask = self._mask(values, self._global_counts(values, slack=-1e-12))
+        return mask
+
+    def _mask(self, values: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> PruningMask:
         keep = {}
         for group in self.groups:
             best = values[group.name].sort(descending=True, stable=True).indices[: counts[group.name]]
@@ -160,8 +168,7 @@ class Selector:
         return self.dense - sum(lost, Costs())
 
     def _fits(self, costs: Costs) -> bool:
-        # A hair below the limit: sums of floats in another order must not exceed it.
-        return all(costs[m] <= limit * (1 - 1e-12) or limit >= self.dense[m] for m, limit in self.limits.items())
+        return all(costs[metric] <= limit for metric, limit in self.limits.items())
 
     def _check_floor(self, least: Costs) -> None:
         if self._fits(least):
@@ -182,30 +189,29 @@ class Selector:
 
     # Global
 
-    def _global_counts(self, values: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    def _global_counts(self, values: Mapping[str, torch.Tensor], slack: float) -> dict[str, int]:
         blocks = self._blocks(values)
         metrics = list(self.limits)
         unit = torch.tensor([[self.table.unit[g.name][m] for m in metrics] for g in self.groups], dtype=torch.float64)
         cost = unit[blocks.group] * blocks.count[:, None]
         limit = torch.tensor([self.limits[m] for m in metrics], dtype=torch.float64)
         dense = torch.tensor([self.dense[m] for m in metrics], dtype=torch.float64)
-        limit = torch.where(limit < dense, limit * (1 - 1e-12), limit * (1 + 1e-12))
-        slack = limit - (dense - cost[~blocks.first].sum(0))
+        left = limit * (1 + slack) - (dense - cost[~blocks.first].sum(0))
 
         density = blocks.score / (cost / limit).mean(1)
         order = density.masked_fill(blocks.first, -math.inf).sort(descending=True, stable=True).indices
         order = order[: int((~blocks.first).sum())]
-        prefix = int((cost[order].cumsum(0) <= slack).all(1).sum())
+        prefix = int((cost[order].cumsum(0) <= left).all(1).sum())
         taken = blocks.first.clone()
         taken[order[:prefix]] = True
-        slack = slack - cost[order[:prefix]].sum(0)
+        left = left - cost[order[:prefix]].sum(0)
         # What the next best unit leaves of the budget goes to the best of the cheaper ones, one group after another.
         rest = order[prefix:]
-        while len(rest := rest[(cost[rest] <= slack).all(1)]):
+        while len(rest := rest[(cost[rest] <= left).all(1)]):
             following = _first_of_each(blocks.group[rest])
             best = rest[following][density[rest[following]].argmax()]
             taken[best] = True
-            slack = slack - cost[best]
+            left = left - cost[best]
             rest = rest[rest != best]
         counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(
             0, blocks.group[taken], blocks.count[taken]

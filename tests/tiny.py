@@ -195,8 +195,9 @@ def tiny_batch(
     batch = {"input_ids": ids(length), "attention_mask": torch.ones(size, length, dtype=torch.long)}
     if padded:
         for row in range(1, size):
-            batch["attention_mask"][row, length - 2 * row :] = 0
-            batch["input_ids"][row, length - 2 * row :] = 1 if family == "roberta" else 0
+            real = length - 2 * (row % 4)
+            batch["attention_mask"][row, real:] = 0
+            batch["input_ids"][row, real:] = 1 if family == "roberta" else 0
     if name in SEQ2SEQ:
         batch["decoder_input_ids"] = ids(5)
     return batch

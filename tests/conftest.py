@@ -1,0 +1,39 @@
+import os
+
+# Small matrices on few cores: more threads only wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import hf_prune  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def random_mask():
+    """random_mask(units, seed=0, drop=False): keeps between one and all but one unit of each group, by chance."""
+
+    def make(units: hf_prune.PrunableUnits, seed: int = 0, drop: bool = False) -> hf_prune.PruningMask:
+        generator = torch.Generator().manual_seed(seed)
+        keep = {}
+        for group in units.values():
+            vector = torch.ones(group.size, dtype=torch.bool)
+            if group.kind == "layers":
+                vector[1] = not drop
+            elif group.prunable:
+                kept = int(torch.randint(1, group.size, (1,), generator=generator))
+                vector[torch.randperm(group.size, generator=generator)[kept:]] = False
+            keep[group.name] = vector
+        return hf_prune.PruningMask(keep, units)
+
+    return make
