@@ -1,0 +1,111 @@
+"""What the commands share: find a model, load it, and say how it loads."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
+
+from ..errors import ConfigError, PruningError
+from ..layout import KEY
+from . import TASKS
+
+
+@contextmanager
+def trying(what: str) -> Iterator[None]:
+    """Say what failed. The libraries that load models and data raise anything, from OSError to SafetensorError."""
+    try:
+        yield
+    except PruningError:
+        raise
+    except Exception as error:
+        raise PruningError(f"Can't {what}: {error}") from error
+
+
+def resolve(model: str) -> str:
+    """The folder of a model, or its id on the Hub.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.is_absolute() or model.startswith(".") or model.count("/") > 1:
+        # A mistyped path would be looked up on the Hub, which answers with the grammar of its ids.
+        raise ConfigError(f"There is no folder {model!r}, and a model of the Hub can't have that name.")
+    return model
+
+
+def check_device(device: str | None) -> str:
+    """The device to run on, once it is proven to be there: before anything is downloaded.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"Can't run on the device {device!r}: {error}") from error
+    return device
+
+
+def load_model(model: str, task: str = "auto", *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Load a model for a task, or as the class that its config names.
+
+    Raises:
+        ConfigError: The config names no class of transformers, and no task is given.
+        PruningError: It can't be loaded.
+    """
+    with trying(f"load the model {model!r}"):
+        config = AutoConfig.from_pretrained(model)
+        if task == "auto":
+            name = (config.architectures or ["no class"])[0]
+            if not hasattr(transformers, name):
+                raise ConfigError(
+                    f"The config of {model!r} names {name}, which transformers does not have: say what the model is "
+                    f"for with --task, one of {', '.join(TASKS)}."
+                )
+        else:
+            name = TASKS[task]
+        loaded: PreTrainedModel = getattr(transformers, name).from_pretrained(model, dtype=dtype)
+        return loaded.to(device)
+
+
+def load_processor(model: str) -> Any:
+    """The tokenizer (or processor) beside a model; `None`, with a warning, where there is none."""
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        # Without files to read, transformers makes a tokenizer that knows its special tokens alone (T5's also "▁"),
+        # and turns every word into the same unknown one.
+        known = len(processor) - len(processor.all_special_ids) if hasattr(processor, "all_special_ids") else None
+        if known is None or known > 1:
+            return processor
+        reason = "it has no vocabulary"
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+    print(f"hf-prune: warning: no tokenizer or processor loads from {model!r}: {reason}", file=sys.stderr)
+    return None
+
+
+def how_it_loads(config: PreTrainedConfig) -> dict[str, bool]:
+    """Whether a checkpoint needs `import hf_prune`, and whether it brings the code along for where that is missing."""
+    needs = getattr(config, KEY, None) is not None
+    return {"needs_hf_prune": needs, "standalone": needs and bool(getattr(config, "auto_map", None))}
+
+
+def loading_sentence(loads: dict[str, bool]) -> str:
+    """[`how_it_loads`] in words."""
+    if not loads["needs_hf_prune"]:
+        return "It loads with plain transformers."
+    if not loads["standalone"]:
+        return "It loads with from_pretrained after `import hf_prune`."
+    return (
+        "It loads with from_pretrained after `import hf_prune`; where that is not installed, with an auto class and "
+        "trust_remote_code=True."
+    )

@@ -1,0 +1,176 @@
+"""`hf-prune prune`: load, prune, shrink, save."""
+
+import argparse
+import csv
+import inspect
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from itertools import islice
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from transformers import AutoConfig
+
+from ..errors import ConfigError, PruningError, unknown
+from ..hub import save_pretrained
+from ..methods import PruningConfig, get_pruner, known_pruners
+from ..pruning import prune
+from ..surgery import shrink
+from .loading import check_device, how_it_loads, load_model, load_processor, loading_sentence, resolve, trying
+
+_FLAGS = ("budget", "allocation", "multiple_of", "exclude")  # options of a method that the command line names itself
+_FILES: dict[str, dict[str, Any]] = {
+    ".jsonl": {"path": "json"},
+    ".json": {"path": "json"},
+    ".csv": {"path": "csv"},
+    # Quotation marks are text in a .tsv: as quotes, an odd one would swallow the lines up to the next.
+    ".tsv": {"path": "csv", "delimiter": "\t", "quoting": csv.QUOTE_NONE},
+}
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What the command has done, as data and as text."""
+    try:
+        config = _config(args)
+        name, device = resolve(args.model), check_device(args.device)
+    except ConfigError as error:
+        args.error(str(error))
+    output = Path(args.output).expanduser()
+    if args.dataset is None and get_pruner(args.method).needs_data:
+        args.error(f"{args.method} needs calibration data: give examples like those of the task with --dataset")
+    if output.exists() and not output.is_dir():
+        args.error(f"--output {output} is a file: give a folder")
+    if output.resolve() == Path(name).resolve():
+        args.error(f"--output {output} would overwrite the model that is pruned: give another folder")
+
+    data = _examples(args) if args.dataset is not None else None
+    model = load_model(name, args.task, dtype=args.dtype, device=device)
+    processor = load_processor(name)
+    result = prune(
+        model,
+        config,
+        data,
+        processing_class=processor,
+        text_column=args.text_column,
+        max_samples=args.max_samples,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+    )
+    shrink(model)
+    save_pretrained(
+        model,
+        output,
+        processing_class=processor,
+        mask=result.mask,
+        report=result.report,
+        standalone=args.standalone,
+    )
+    loads, cls = how_it_loads(AutoConfig.from_pretrained(output)), type(model).__name__
+    lines = [
+        str(result.report),
+        f"Saved to {output}. {loading_sentence(loads)}",
+        "",
+        *(["    import hf_prune"] if loads["needs_hf_prune"] else []),
+        f"    from transformers import {cls}",
+        f"    model = {cls}.from_pretrained({str(output)!r})",
+    ]
+    return {**result.report.to_dict(), "output": str(output), **loads}, "\n".join(lines)
+
+
+# Options of a method
+
+
+def _config(args: argparse.Namespace) -> PruningConfig:
+    config_class = get_pruner(args.method).config_class
+    hints = get_type_hints(config_class)
+    known = [field.name for field in fields(config_class) if field.name not in _FLAGS]
+    options: dict[str, Any] = {name: getattr(args, name) for name in _FLAGS[1:]}
+    options["budget"] = _once(args.budget, "--budget")
+    for key, text in _once(args.set, "--set").items():
+        if key in _FLAGS:
+            raise ConfigError(f"{key} has an option of its own: --{key.replace('_', '-')}.")
+        if key not in known:
+            raise ConfigError(unknown(f"option of {args.method}", key, known))
+        options[key] = _value(key, text, hints[key])
+    return config_class(**options)
+
+
+def _once(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ConfigError(f"{option} {key}= is given twice.")
+        found[key] = value
+    return found
+
+
+def _value(key: str, text: str, hint: Any) -> Any:
+    """The value that `text` stands for under the type of a field of a config."""
+    for kind in _alternatives(hint):
+        try:
+            if get_origin(kind) is Literal:
+                return {str(value): value for value in get_args(kind)}[text]
+            if kind in (bool, NoneType):
+                return {"true": True, "false": False}[text] if kind is bool else {"none": None}[text]
+            return tuple(text.split(",")) if get_origin(kind) is tuple else kind(text)
+        except (KeyError, ValueError):
+            continue
+    raise ConfigError(f"--set {key}= takes {_legal(hint)}, got {text!r}.")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _legal(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
+    return " or ".join(
+        ", ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else names.get(kind, "a,b,c")
+        for kind in _alternatives(hint)
+    )
+
+
+def methods_help() -> str:
+    """The registered methods, their options, and what is legal for these."""
+    lines = ["methods, with the options that --set takes:"]
+    for name in known_pruners():
+        pruner = get_pruner(name)
+        data = "needs --dataset" if pruner.needs_data else "needs no data"
+        lines.append(f"  {name} ({data}): {(inspect.getdoc(pruner) or '').partition(chr(10))[0]}")
+        lines += _options_help(pruner.config_class, without=PruningConfig)
+    return "\n".join([*lines, "  every method", *_options_help(PruningConfig)])
+
+
+def _options_help(config_class: type[PruningConfig], without: type[PruningConfig] | None = None) -> list[str]:
+    hints, shared = get_type_hints(config_class), {f.name for f in fields(without)} if without else set(_FLAGS)
+    own: list[Field[Any]] = [f for f in fields(config_class) if f.name not in shared]
+    return [
+        f"    {f.name}: {_legal(hints[f.name])}" + (f"; default: {f.default}" if f.default is not MISSING else "")
+        for f in own
+    ]
+
+
+# Data
+
+
+def _examples(args: argparse.Namespace) -> Any:
+    path = Path(args.dataset).expanduser()
+    is_file = path.suffix in (".txt", *_FILES)
+    if is_file and not path.is_file():
+        raise ConfigError(f"There is no file {args.dataset!r}.")
+    if path.is_file() and not is_file:
+        raise ConfigError(f"Can't read {args.dataset!r}: data files end in .txt, {', '.join(_FILES)}.")
+    if is_file and (args.split or args.dataset_config):
+        args.error("--split and --dataset-config are for datasets of the Hub, --dataset is a file")
+    with trying(f"read the data {args.dataset!r}"):
+        if path.suffix == ".txt":
+            with path.open(encoding="utf-8") as lines:
+                return list(islice(filter(None, map(str.strip, lines)), args.max_samples))
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise PruningError("All but .txt needs the datasets package: pip install datasets") from error
+        if is_file:
+            return load_dataset(**_FILES[path.suffix], data_files=str(path), split="train")
+        return load_dataset(args.dataset, args.dataset_config, split=args.split or "train")

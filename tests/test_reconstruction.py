@@ -1,0 +1,141 @@
+"""The least-squares solves against closed forms, and reconstruction on models."""
+
+import copy
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_batch, tiny_model
+
+import hf_prune
+from hf_prune.reconstruction import NormalEquations, reconstruct, ridge_solve, scale_solve
+
+
+def equations(features, targets):
+    sums = NormalEquations(features.shape[1], targets.shape[1], features.device)
+    for x, y in zip(features.split(3), targets.split(3), strict=True):
+        sums.update(x, y)
+    return sums
+
+
+def test_one_of_two_neurons_left():
+    features, weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), torch.tensor([[2.0], [1.0]])
+    target = features @ weight
+    new, bias = ridge_solve(equations(features[:, :1], target), weight[:1], None, ridge=1e-12)
+    assert bias is None and new.item() == pytest.approx(2.5, abs=1e-6)
+    assert (features[:, :1].double() @ new - target).square().sum().item() == pytest.approx(1.5, abs=1e-6)
+
+
+def test_a_duplicate_inherits_the_weight():
+    features = torch.randn(50, 6)
+    features[:, 5] = features[:, 2]
+    weight = torch.randn(6, 4)
+    new, _ = ridge_solve(equations(features[:, :5], features @ weight), weight[:5], None, ridge=1e-10)
+    assert torch.allclose(new[2], (weight[2] + weight[5]).double(), atol=1e-4)
+    assert (features[:, :5].double() @ new - features @ weight).abs().max() < 1e-4
+
+
+def test_the_residual_is_orthogonal_to_the_features():
+    features, targets = torch.randn(60, 8), torch.randn(60, 5)
+    new, bias = ridge_solve(equations(features, targets), torch.randn(8, 5), torch.randn(5), ridge=1e-12)
+    residual = features.double() @ new + bias - targets
+    assert (features.double().T @ residual).abs().max() < 1e-4 and residual.sum(0).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(5)])
+def test_nothing_changes_where_the_old_weight_fits(bias):
+    features, weight = torch.randn(20, 8) @ torch.randn(8, 8), torch.randn(8, 5)
+    targets = features @ weight + (0 if bias is None else bias)
+    new, again = ridge_solve(equations(features, targets), weight, bias)
+    assert torch.allclose(new, weight.double(), atol=1e-3)
+    assert bias is None or torch.allclose(again, bias.double(), atol=1e-3)
+
+
+@pytest.mark.parametrize("features", [torch.zeros(9, 4), torch.ones(9, 4), torch.ones(9, 1).expand(9, 4) * 3e-8])
+def test_degenerate_features_keep_finite_weights(features):
+    weight, targets = torch.randn(4, 3), torch.randn(9, 3)
+    new, bias = ridge_solve(equations(features, targets), weight, torch.zeros(3))
+    assert new.isfinite().all() and torch.allclose(
+        features.double() @ new + bias, targets.double().mean(0).expand(9, 3)
+    )
+
+
+def test_scale_is_the_damped_solution_of_the_normal_equations():
+    features, weight, target = torch.randn(40, 6), torch.randn(6, 4), torch.randn(40, 4)
+    outputs = torch.stack([torch.outer(features[:, u], weight[u]).flatten() for u in range(6)], 1).double()
+    gram = outputs.T @ outputs
+    right = outputs.T @ target.double().flatten() - gram.sum(1)
+    factor = 1 + torch.linalg.solve(gram @ gram + torch.eye(6), gram @ right)
+    assert torch.allclose(scale_solve(equations(features, target), weight, 1), weight * factor[:, None], atol=1e-5)
+
+
+def test_scale_joins_the_columns_of_a_head():
+    features, weight = torch.randn(40, 6), torch.randn(6, 4)
+    target = torch.cat([features[:, :3] * 2, features[:, 3:] * -1], 1) @ weight
+    assert torch.allclose(
+        scale_solve(equations(features, target), weight, 3),
+        torch.cat([weight[:3] * 2, -weight[3:]]).double(),
+        atol=1e-3,
+    )
+
+
+def without_the_second(model):
+    """A mask that prunes the second unit of every group of heads and neurons."""
+    units = hf_prune.prunable_units(model)
+    groups = [group for group in units.of_kind("heads", "neurons") if group.prunable]
+    return units, hf_prune.PruningMask({group.name: torch.arange(group.size) != 1 for group in groups}, units)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reconstruction_beats_the_bare_mask_for_heads_and_neurons(name):
+    model = tiny_model(name)
+    data = [tiny_batch(name, size=32, padded=True, seed=seed) for seed in range(2)]
+    units, mask = without_the_second(model)
+    with torch.no_grad():
+        dense = model(**data[0]).logits
+        bare = copy.deepcopy(model)
+        hf_prune.apply_mask(bare, mask)
+        before = (bare(**data[0]).logits - dense).square().mean()
+        reconstruct(model, units, mask, hf_prune.Calibrator(model, data))
+        hf_prune.apply_mask(model, mask)
+        after = (model(**data[0]).logits - dense).square().mean()
+    assert after < before
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart", "whisper", "t5"])
+def test_an_empty_mask_changes_nothing(name):
+    model = tiny_model(name)
+    state = copy.deepcopy(model.state_dict())
+    units = hf_prune.prunable_units(model)
+    reconstruct(model, units, hf_prune.PruningMask({}, units), hf_prune.Calibrator(model, [tiny_batch(name)]))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_the_target_is_the_teacher_with_its_residual_stream():
+    """Layer by layer, the pruned model comes as close to the dense one as least squares allows."""
+    model, data = tiny_model("bert"), [tiny_batch("bert", size=64, padded=True)]
+    units = hf_prune.prunable_units(model)
+    name = "encoder.layer.1.output.dense"
+    mask = hf_prune.PruningMask({name: torch.arange(64) < 40}, units)
+    site, seen = model.bert.encoder.layer[1].output.dense, {}
+    handle = site.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    with torch.no_grad():
+        model(**data[0])
+    handle.remove()
+    real = data[0]["attention_mask"].bool()
+    x = seen["x"][real]
+    x, target = x.double(), site(x).double().detach()
+    ones = torch.cat([x[:, :40], torch.ones(len(x), 1)], 1)
+    best = (ones @ torch.linalg.lstsq(ones, target).solution - target).square().sum()
+    reconstruct(model, units, mask, hf_prune.Calibrator(model, data), ridge=1e-9)
+    reached = (x[:, :40] @ site.weight.double()[:, :40].T + site.bias.double() - target).square().sum()
+    assert reached.item() == pytest.approx(best.item(), rel=1e-3)
+
+
+def test_too_few_tokens_name_the_layer():
+    model = tiny_model("bert")
+    state = copy.deepcopy(model.state_dict())
+    units = hf_prune.prunable_units(model)
+    mask = hf_prune.PruningMask({"encoder.layer.0.output.dense": torch.arange(64) != 3}, units)
+    with pytest.raises(hf_prune.CalibrationError, match="encoder.layer.0.output.dense keeps 63 units.*9 real tokens"):
+        reconstruct(model, units, mask, hf_prune.Calibrator(model, [tiny_batch("bert", size=1)]))
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
