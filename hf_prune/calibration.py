@@ -27,6 +27,11 @@ Batch = dict[str, torch.Tensor]
 _PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
 
+def process_state() -> PartialState:
+    """The processes that were launched together. Without an accelerator, Accelerate has to be told of them."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 class Sums(Protocol):
     """Something that adds up over tokens, and so over processes."""
 
@@ -140,7 +145,7 @@ class Calibrator:
         if not batches:
             raise CalibrationError("The calibration data are empty: give at least one example.")
         self._measure(batches)
-        state = PartialState()
+        state = process_state()
         self._batches = batches[state.process_index :: state.num_processes]
 
     def __len__(self) -> int:
@@ -159,7 +164,7 @@ class Calibrator:
 
     def batches(self, description: str) -> Iterator[tuple[int, Batch]]:
         """This process's batches with their indices, on the model's device, with a progress bar."""
-        quiet = not PartialState().is_main_process or None  # None: only where stderr is a terminal
+        quiet = not process_state().is_main_process or None  # None: only where stderr is a terminal
         for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
             yield index, send_to_device(batch, self.model.device)
 

@@ -4,10 +4,9 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
-from .calibration import Calibrator
+from .calibration import Calibrator, process_state
 from .costs import CostTable
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
 from .gates import apply_mask, current_mask
@@ -112,7 +111,7 @@ def prune(
         units=unit_rows(units, mask),
         calibration=calibrator and calibrator.describe(),
         seconds=round(time.perf_counter() - started, 3),
-        processes=PartialState().num_processes,
+        processes=process_state().num_processes,
         facts=pruner.facts,
     )
     return PruningResult(mask, report)

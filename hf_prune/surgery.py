@@ -130,8 +130,10 @@ def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
                 )
             if not keep.any():
                 raise MaskError(f"The mask drops all layers of {group.name}: keep at least one.")
-        elif group.kind == "heads" and not keep.any() and not stack.empty and mask[group.stack][group.layer]:
-            raise MaskError(f"{units.model_type} does not run without heads: keep at least one in {group.name}.")
+        elif not keep.any() and group.kind not in stack.empty and mask[group.stack][group.layer]:
+            raise MaskError(
+                f"A {units.model_type} does not run without {group.kind}: keep at least one in {group.name}."
+            )
 
 
 def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTrainedModel:

@@ -31,7 +31,7 @@ def random_mask():
             if group.kind == "layers":
                 vector[1] = not drop
             elif group.prunable:
-                kept = int(torch.randint(1, group.size, (1,), generator=generator))
+                kept = int(torch.randint(1, max(group.size, 2), (1,), generator=generator))
                 vector[torch.randperm(group.size, generator=generator)[kept:]] = False
             keep[group.name] = vector
         return hf_prune.PruningMask(keep, units)

@@ -88,7 +88,7 @@ class StackSpec:
         per_layer (`tuple[str, ...]`): Attributes of the config with one entry a layer.
         fixed_layers (`tuple[int, ...]`): Layers that do more than the others and can't be dropped.
         decoder (`bool`): The second stack of an encoder-decoder.
-        empty (`bool`): An attention block without heads still runs.
+        empty (`tuple[str, ...]`): Kinds of units of which a layer may lose all and still run.
         fixed_length (`Callable`, *optional*): Given the config, the number of tokens of every input of this stack.
     """
 
@@ -103,7 +103,7 @@ class StackSpec:
     per_layer: tuple[str, ...] = ()
     fixed_layers: tuple[int, ...] = ()
     decoder: bool = False
-    empty: bool = True
+    empty: tuple[str, ...] = ("heads", "neurons")
     fixed_length: Callable[[Any], int] | None = None
 
 
