@@ -5,8 +5,6 @@
 Loading compares a shrunk checkpoint with a dense one of about the same number of bytes, each in turn, medians of 9.
 """
 
-import copy
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,8 +32,10 @@ def smollm(layers: int = 30, neurons: int = 1536) -> transformers.PreTrainedMode
     return transformers.LlamaForCausalLM(config)
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory(kind: str) -> int:
+    """Bytes of resident memory of this process on Linux: now (`VmRSS`), or at its peak (`VmHWM`)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 def shrinking() -> None:
@@ -43,9 +43,11 @@ def shrinking() -> None:
     model = smollm()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     hf_prune.prune(model, hf_prune.MagnitudeConfig(budget={"macs": 0.5}))
-    before, started = peak(), time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    others, started = memory("VmRSS") - size, time.perf_counter()
     hf_prune.shrink(model)
-    print(f"shrink: {time.perf_counter() - started:.2f} s, peak grows by {(peak() - before) / size:.2f}x the model's {size / 1e6:.0f} MB")
+    seconds, peak = time.perf_counter() - started, (memory("VmHWM") - others) / size
+    print(f"shrink: {seconds:.2f} s, peak memory {peak:.2f}x the model's {size / 1e6:.0f} MB")
 
 
 def loading(folder: Path) -> None:
@@ -71,7 +73,8 @@ def loading(folder: Path) -> None:
             size = sum(p.numel() for p in loaded.parameters())
             print(f"  {name}: {size / 1e6:.2f} M parameters in {seconds[-1]:.3f} s", file=sys.stderr)
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    print(f"load: shrunk {medians['shrunk']:.3f} s, dense of that size {medians['dense']:.3f} s, ratio {medians['shrunk'] / medians['dense']:.3f}")
+    ratio = medians["shrunk"] / medians["dense"]
+    print(f"load: shrunk {medians['shrunk']:.3f} s, dense of that size {medians['dense']:.3f} s, ratio {ratio:.3f}")
 
 
 if __name__ == "__main__":

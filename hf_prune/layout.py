@@ -90,7 +90,10 @@ def _slice(module: Any, shape: Any, name: str) -> None:
         return
 
     def cut(parameter: Any, *size: int) -> Any:
-        small = parameter.detach()[tuple(slice(n) for n in size)].clone()
+        if parameter.is_meta:  # as a rule: the weights are loaded afterwards
+            small = parameter.new_empty(size)
+        else:
+            small = parameter.detach()[tuple(slice(n) for n in size)].clone()
         return torch.nn.Parameter(small, requires_grad=parameter.requires_grad)
 
     outputs = columns if conv else rows
@@ -121,10 +124,14 @@ def apply_layout(model: Any) -> None:
     # A stack of a larger model (BartEncoder) is built before it, and knows none of the names: its turn comes with the
     # whole. An encoder-only class of an encoder-decoder knows some. The class that was saved knows all.
     whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    for name in entries:
+        if name not in modules and (whole or hasattr(base, name.partition(".")[0])):
+            raise LayoutError(f"config.hf_prune: {type(model).__name__} has no module {name!r}.")
+    if vars(base).get("_hf_prune_done"):  # the head comes after the base model
+        return
+    base._hf_prune_done = any(name in modules for name in entries)
     for name, entry in entries.items():
         if name not in modules:
-            if whole or hasattr(base, name.partition(".")[0]):
-                raise LayoutError(f"config.hf_prune: {type(model).__name__} has no module {name!r}.")
             continue
         module = modules[name]
         if "weight" in entry:
