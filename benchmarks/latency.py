@@ -2,8 +2,8 @@
 
     python benchmarks/latency.py [--shapes bert-base llama] [--threads 1] [--device cpu] [--dtype float32]
 
-Random weights: latency does not depend on them. Heads and neurons are kept in equal shares, once in widths as a budget leaves
-them and once rounded to a multiple of 64. `overhead` is time ratio / MACs ratio: 1 is ideal.
+Random weights: latency does not depend on them. Heads and neurons are kept in about equal shares, once in widths as a
+budget leaves them and once rounded to a multiple of 64. `overhead` is time ratio / MACs ratio: 1 is ideal.
 """
 
 import argparse
@@ -72,7 +72,9 @@ def main() -> None:
         for name, latency in times.items():
             ratio = latency.p50_ms / times["dense"].p50_ms
             widths = name.partition(" ")[2] or "dense"
-            print(f"| {shape} | {kept[name]:.3f} | {widths} | {latency.p50_ms:.1f} | {ratio:.3f} | {ratio / kept[name]:.2f} |")
+            print(
+                f"| {shape} | {kept[name]:.3f} | {widths} | {latency.p50_ms:.1f} | {ratio:.3f} | {ratio / kept[name]:.2f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ def _token_ids(
     if longest is not None and shape[1] > longest:
         raise ConfigError(f"A {config.model_type} of {longest} positions has no room for sequence_length={shape[1]}.")
     eos = getattr(config, "eos_token_id", None)
-    ends = eos if isinstance(eos, list) else [eos]
+    ends: list[Any] = eos if isinstance(eos, list) else [eos]
     # Padding and end tokens steer some heads to one position, and the first ids are special in most vocabularies.
     special = {0, 1, 2, getattr(config, "pad_token_id", None), *ends}
     plain = torch.tensor([i for i in range(config.vocab_size) if i not in special] or range(config.vocab_size))
@@ -142,7 +143,8 @@ def measure_latency(
     """Time one forward pass of several models on the same random inputs.
 
     The models take turns, once each in every round and in random order, so that whatever else the machine does hits
-    all alike. Compare figures of one call with each other; those of different calls saw different noise.
+    all alike. Compare figures of one call with each other; those of different calls saw different noise. Where other
+    work keeps some cores busy, threads wait for each other and the figures explode: `threads=1` is the steadiest.
 
     Args:
         models (`dict[str, PreTrainedModel]`): The models by name, each on the device where it shall run.
@@ -210,14 +212,14 @@ def _seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
 
 
 def disk_bytes(directory: str | os.PathLike[str]) -> int:
-    """Size of the weights files (`*.safetensors`) of a checkpoint, in bytes.
+    """Size of the weights files (`model*.safetensors`) of a checkpoint, in bytes.
 
     Raises:
         ConfigError: There is no such folder, or it holds no weights.
     """
-    sizes = [path.stat().st_size for path in _checkpoint(directory).glob("*.safetensors")]
+    sizes = [path.stat().st_size for path in _checkpoint(directory).glob("model*.safetensors")]
     if not sizes:
-        raise ConfigError(f"{directory} holds no *.safetensors file. Write one with save_pretrained.")
+        raise ConfigError(f"{directory} holds no model*.safetensors. Write one with save_pretrained.")
     return sum(sizes)
 
 
@@ -289,8 +291,7 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], *, device: str | None = 
     """
     path = _checkpoint(checkpoint)
     model: PreTrainedModel = _architecture(path).from_pretrained(path)
-    model.to(device or _default_device())  # type: ignore[arg-type]  # its decorator hides the signature
-    return model
+    return model.to(device or _default_device())
 
 
 def compare(

@@ -99,7 +99,8 @@ class _AutoPrunable:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as the auto class of transformers does, ready to be pruned."""
+        """Load a model as the auto class of transformers does, ready to be pruned. Pickled weights are refused."""
+        kwargs.setdefault("use_safetensors", True)
         return prunable(getattr(transformers, cls.auto_class).from_pretrained(*args, **kwargs))
 
     @classmethod

@@ -23,8 +23,8 @@ def plot_units(units: Sequence[Mapping[str, Any]], path: str | os.PathLike[str])
 
     Args:
         units (`list[dict]`): For each unit group `name`, `kind` (`"heads"`, `"neurons"` or `"layers"`), `layer`,
-            `stack`, `size` and `kept`, as in `PruningReport.units`. There is one panel for each kind, for layers only if
-            some are dropped; stacks stand side by side in it.
+            `stack`, `size` and `kept`, as in `PruningReport.units`. There is one panel for each kind, for layers
+            only if some are dropped; stacks stand side by side in it.
         path (`str` or `os.PathLike`): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
 
     Returns:
@@ -98,7 +98,7 @@ def _draw_units(axes: "Axes", group: Sequence[Mapping[str, Any]], color: str) ->
         start += max(last, 0) + 1.8
     axes.set_xticks(list(ticks), list(ticks.values()))
     # A few bars (one for each stack) must not swell to fill the panel.
-    axes.set_xlim(-0.7, max(start - 1.1, 6.0))
+    axes.set_xlim(-0.7, max(start - 1.1, 4.0))
     axes.set_ylim(0, 1.12 * max(1, *(unit["size"] for unit in group)))
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.locator_params(axis="y", nbins=5, integer=True)

@@ -97,8 +97,10 @@ def save_pretrained(
         if standalone:
             add_standalone_code(model, staging)
         _verify(model, state, staging, standalone, options.get("variant"))
-        for file in staging.rglob("*"):
+        for file in staging.iterdir():
             if file.is_file():
+                if file.stat().st_nlink == 1:  # ours: safetensors writes files that only their owner can read
+                    file.chmod(0o666 & ~_umask())
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
 
