@@ -28,9 +28,7 @@ def main() -> None:
     parser.add_argument("--recover", nargs="+", default=["lstsq", "scale", "none"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=2048)
-    parser.add_argument(
-        "--sequence-length", type=float, default=25.16, help="mean length of the SST-2 dev set, as in the papers"
-    )
+    parser.add_argument("--sequence-length", type=float, default=25.16)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -67,11 +65,9 @@ def main() -> None:
                 passes.append(seconds[-1] / plain)
                 scores.append(accuracy(hf_prune.shrink(model)))
             spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            print(
-                f"| {macs} | {recover} | {statistics.mean(scores):.2f} ± {spread:.2f} | {statistics.mean(seconds):.1f} | "
-                f"{statistics.mean(passes):.2f} |",
-                flush=True,
-            )
+            cells = [macs, recover, f"{statistics.mean(scores):.2f} ± {spread:.2f}"]
+            cells += [f"{statistics.mean(seconds):.1f}", f"{statistics.mean(passes):.2f}"]
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,8 @@ def main() -> None:
         )
         for name, latency in times.items():
             ratio = latency.p50_ms / times["dense"].p50_ms
-            widths = name.partition(" ")[2] or "dense"
-            print(
-                f"| {shape} | {kept[name]:.3f} | {widths} | {latency.p50_ms:.1f} | {ratio:.3f} | {ratio / kept[name]:.2f} |"
-            )
+            cells = [shape, f"{kept[name]:.3f}", name.partition(" ")[2], f"{latency.p50_ms:.1f}", f"{ratio:.3f}"]
+            print("| " + " | ".join([*cells, f"{ratio / kept[name]:.2f}"]) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -228,8 +228,8 @@ def _stack_units(base: nn.Module, stack: StackSpec) -> list[UnitGroup]:
             queries, keys, size = head_counts(layer, block)
             if queries % max(keys, 1) or bool(queries) != bool(keys):
                 raise UnsupportedModelError(
-                    f"{path}.{block.module} has {queries} query heads and {keys} KV heads by its entry in the table of "
-                    "families: the entry is wrong."
+                    f"{path}.{block.module} has {queries} query heads and {keys} KV heads by its entry in the table: "
+                    "the entry is wrong."
                 )
             # A block that lost all its heads has no ratio of queries to keys any more, and nothing left to prune.
             width = size * queries // keys if keys else size
