@@ -109,61 +109,19 @@ class _AutoPrunable:
         return prunable(getattr(transformers, cls.auto_class).from_config(*args, **kwargs))
 
 
-class AutoPrunableModel(_AutoPrunable):
-    """`AutoModel`, prunable."""
-
-    auto_class = "AutoModel"
-
-
-class AutoPrunableModelForSequenceClassification(_AutoPrunable):
-    """`AutoModelForSequenceClassification`, prunable."""
-
-    auto_class = "AutoModelForSequenceClassification"
+def _auto(auto_class: str) -> type[_AutoPrunable]:
+    """The prunable twin of an auto class: `AutoModelForX` -> `AutoPrunableModelForX`."""
+    name = auto_class.replace("AutoModel", "AutoPrunableModel")
+    return type(name, (_AutoPrunable,), {"auto_class": auto_class, "__doc__": f"`{auto_class}`, prunable."})
 
 
-class AutoPrunableModelForTokenClassification(_AutoPrunable):
-    """`AutoModelForTokenClassification`, prunable."""
-
-    auto_class = "AutoModelForTokenClassification"
-
-
-class AutoPrunableModelForQuestionAnswering(_AutoPrunable):
-    """`AutoModelForQuestionAnswering`, prunable."""
-
-    auto_class = "AutoModelForQuestionAnswering"
-
-
-class AutoPrunableModelForMultipleChoice(_AutoPrunable):
-    """`AutoModelForMultipleChoice`, prunable."""
-
-    auto_class = "AutoModelForMultipleChoice"
-
-
-class AutoPrunableModelForMaskedLM(_AutoPrunable):
-    """`AutoModelForMaskedLM`, prunable."""
-
-    auto_class = "AutoModelForMaskedLM"
-
-
-class AutoPrunableModelForCausalLM(_AutoPrunable):
-    """`AutoModelForCausalLM`, prunable."""
-
-    auto_class = "AutoModelForCausalLM"
-
-
-class AutoPrunableModelForSeq2SeqLM(_AutoPrunable):
-    """`AutoModelForSeq2SeqLM`, prunable."""
-
-    auto_class = "AutoModelForSeq2SeqLM"
-
-
-class AutoPrunableModelForSpeechSeq2Seq(_AutoPrunable):
-    """`AutoModelForSpeechSeq2Seq`, prunable."""
-
-    auto_class = "AutoModelForSpeechSeq2Seq"
-
-
-class AutoPrunableModelForImageClassification(_AutoPrunable):
-    """`AutoModelForImageClassification`, prunable."""
-
-    auto_class = "AutoModelForImageClassification"
+AutoPrunableModel = _auto("AutoModel")
+AutoPrunableModelForCausalLM = _auto("AutoModelForCausalLM")
+AutoPrunableModelForImageClassification = _auto("AutoModelForImageClassification")
+AutoPrunableModelForMaskedLM = _auto("AutoModelForMaskedLM")
+AutoPrunableModelForMultipleChoice = _auto("AutoModelForMultipleChoice")
+AutoPrunableModelForQuestionAnswering = _auto("AutoModelForQuestionAnswering")
+AutoPrunableModelForSeq2SeqLM = _auto("AutoModelForSeq2SeqLM")
+AutoPrunableModelForSequenceClassification = _auto("AutoModelForSequenceClassification")
+AutoPrunableModelForSpeechSeq2Seq = _auto("AutoModelForSpeechSeq2Seq")
+AutoPrunableModelForTokenClassification = _auto("AutoModelForTokenClassification")
