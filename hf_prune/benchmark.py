@@ -21,7 +21,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
 from .costs import DEFAULT_LENGTH, model_costs
-from .errors import ConfigError
+from .errors import ConfigError, PruningError
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def peak_memory(
 
     Raises:
         ConfigError: There is no such checkpoint, or a number is out of range.
-        RuntimeError: The fresh process failed; its own words are in the message.
+        PruningError: The fresh process failed; its own words are in the message.
     """
     _at_least_one(batch_size=batch_size, sequence_length=sequence_length)
     _architecture(_checkpoint(checkpoint))
@@ -253,7 +253,7 @@ def peak_memory(
     arguments = [str(checkpoint), str(batch_size), str(sequence_length), device or _default_device()]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"Measuring the memory of {checkpoint} failed:\n{done.stderr.strip()}")
+        raise PruningError(f"Measuring the memory of {checkpoint} failed:\n{done.stderr.strip()}")
     return int(done.stdout.split()[-1])
 
 

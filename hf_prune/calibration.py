@@ -110,9 +110,8 @@ class Calibrator:
         CalibrationError: No data, nothing but padding in an example, or inputs that the model does not take.
         ConfigError: An option is out of range.
 
-    Under `accelerate launch` or torchrun every process makes its own Calibrator over the same data and reads every
-    n-th batch.
-    Examples are sorted by length before they are batched, which saves most of the padding.
+    Under `accelerate launch` or torchrun every process makes its own Calibrator over the same data and reads its share
+    of the batches. Examples are sorted by length before they are batched, which saves most of the padding.
     """
 
     def __init__(
@@ -372,31 +371,44 @@ class _Reader:
             yield self._collate(items[start : start + batch_size])
 
     def _tokenised(self, examples: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
+        special, texts, unknown_words = {*getattr(self.processing_class, "all_special_ids", ())}, 0, 0
         for example in examples:
             text = example
             if isinstance(example, Mapping):
-                strings = [key for key, value in example.items() if isinstance(value, str)]
-                if not strings or self.main_input in example:
+                if self.main_input in example or not self._has_text(example):
                     yield example
                     continue
-                text = self._text(example, strings)
+                text = self._text(example)
             if not isinstance(text, str):
                 raise CalibrationError(
-                    f"An example must be a string or a dict of model inputs, got {type(example).__name__}."
+                    f"An example must be a string or a dict of model inputs, got {type(text).__name__}: {text!r:.50}."
                 )
             if self.processing_class is None:
                 raise CalibrationError("The calibration data are text: pass processing_class=tokenizer.")
-            yield self.processing_class(text, truncation=self.max_length is not None, max_length=self.max_length)
+            item = self.processing_class(text, truncation=self.max_length is not None, max_length=self.max_length)
+            unknown_words += bool(item["input_ids"]) and set(item["input_ids"]) <= special
+            texts += 1
+            yield item
+        if texts and unknown_words == texts:
+            # What AutoTokenizer makes of a folder without tokenizer files.
+            raise CalibrationError("The tokenizer knows none of the words of the calibration data: is it the model's?")
 
-    def _text(self, example: Mapping[str, Any], strings: list[str]) -> Any:
-        if self.text_column is None and len(strings) > 1:
+    def _has_text(self, example: Mapping[str, Any]) -> bool:
+        return self.text_column is not None or any(isinstance(value, str) for value in example.values())
+
+    def _text(self, example: Mapping[str, Any]) -> Any:
+        if self.text_column is not None:
+            if self.text_column not in example:
+                names = ", ".join(map(str, example))
+                raise ConfigError(f"text_column {self.text_column!r} is not in the data: {names}.")
+            return example[self.text_column]
+        strings = [key for key, value in example.items() if isinstance(value, str)]
+        if len(strings) > 1:
             raise CalibrationError(
                 f"There are several columns of text ({', '.join(strings)}): name one with text_column=."
             )
-        column = self.text_column or strings[0]
-        if column not in example:
-            raise ConfigError(f"text_column {column!r} is not in the data: {', '.join(map(str, example))}.")
-        return example[column]
+        self.text_column = strings[0]
+        return example[self.text_column]
 
     def _tensors(self, item: Mapping[str, Any]) -> Batch:
         tensors = {}

@@ -41,15 +41,14 @@ def prune(
     batch_size: int = 32,
     max_length: int | None = None,
 ) -> PruningResult:
-    """Prune a model: afterwards it is masked, shapes unchanged, and computes the pruned function. [`shrink`] makes it
-    smaller.
+    """Prune a model: it is masked, shapes unchanged, and computes the pruned function. [`shrink`] makes it smaller.
 
     Args:
         model (`PreTrainedModel`): The model, on any device. It is changed in place.
-        config ([`PruningConfig`]): The method, by the class of its config, and its options: `KCMConfig(budget={"macs":
-        0.6})`. data (*optional*): Calibration data, see [`Calibrator`]; or a [`Calibrator`]. Not needed by methods
-        that look at weights
-            alone.
+        config ([`PruningConfig`]): The method, by the class of its config, and its options:
+            `KCMConfig(budget={"macs": 0.6})`.
+        data (*optional*): Calibration data, see [`Calibrator`]; or a [`Calibrator`]. Not needed by methods that look
+            at weights alone.
         processing_class, text_column, max_samples, batch_size, max_length (*optional*): See [`Calibrator`].
 
     Returns:

@@ -74,13 +74,16 @@ def ridge_solve(
     if bias is not None:
         gram = gram - equations.count * mean.outer(mean)
         cross = cross - equations.count * mean.outer(target)
-    strength = ridge * gram.diagonal().mean().clamp_min(0)
-    if not strength > 0:  # constant features: the old weight is as good as any
+    spread, size = gram.diagonal().mean(), equations.gram.diagonal().mean()
+    if not spread > 1e-6 * size:  # constant features: the old weight is as good as any
         new = old
     else:
-        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        eye, strength = torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge * spread
+        factor, failed = torch.linalg.cholesky_ex(gram + strength * eye)
+        while failed:  # the products of float32 features round a semi-definite matrix below zero
+            strength = strength * 10
+            factor, failed = torch.linalg.cholesky_ex(gram + strength * eye)
         # The correction, not the weight, is solved for: it is zero where the old weight fits.
-        factor = torch.linalg.cholesky(gram + strength * eye)
         new = old + torch.cholesky_solve(cross - gram @ old, factor)
     return new, None if bias is None else target - mean @ new
 

@@ -195,8 +195,7 @@ def prunable_units(model: PreTrainedModel) -> PrunableUnits:
 
     Raises:
         UnsupportedModelError: The family is unknown, the model is of a kind that can't be pruned, or its modules are
-        not
-            where the table of families says.
+            not where the table of families says.
     """
     refuse_unprunable(model)
     config, base = model.config, base_model(model)

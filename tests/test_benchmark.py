@@ -18,7 +18,7 @@ from hf_prune.benchmark import (
     peak_memory,
     si_scale,
 )
-from hf_prune.errors import ConfigError
+from hf_prune.errors import ConfigError, PruningError
 
 
 def bert(layers: int = 2, neurons: int = 64) -> BertForSequenceClassification:
@@ -147,7 +147,7 @@ class TestPeakMemory:
         assert large - small > 4 * 40_000 * 8 * 63
 
     def test_failure_says_why(self, checkpoints):
-        with pytest.raises(RuntimeError, match="no room for sequence_length=1000"):
+        with pytest.raises(PruningError, match="no room for sequence_length=1000"):
             peak_memory(checkpoints["dense"], 1, 1000)
 
     def test_wrong_arguments_are_refused(self, checkpoints, tmp_path):

@@ -26,6 +26,15 @@ class Words:
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
 
 
+class Unknown(Words):
+    """What AutoTokenizer makes of a folder without tokenizer files."""
+
+    all_special_ids = (1, 2)
+
+    def __call__(self, text, truncation=False, max_length=None):
+        return {"input_ids": [2] + [1] * len(text.split()), "attention_mask": [1] * (1 + len(text.split()))}
+
+
 def moments_of(calibrator, name=SITE):
     columns = calibrator.units[name].size * calibrator.units[name].width
     statistic = Moments(columns, torch.device("cpu"))
@@ -155,6 +164,9 @@ BAD = {
     "tuples": ((b for b in [(1, 2)]), {}, "batch must be a dict of tensors"),
     "two texts": ([{"a": "x", "b": "y"}], {"processing_class": Words()}, "name one with text_column="),
     "wrong column": ([{"a": "x"}], {"processing_class": Words(), "text_column": "b"}, "text_column 'b' is not in"),
+    "no text column": ([{"a": "x", "b": 1}], {"processing_class": Words(), "text_column": "b"}, "got int: 1"),
+    "an empty cell": ([{"a": "x"}, {"a": None}], {"processing_class": Words()}, "got NoneType"),
+    "unknown words": (["x y", "z"], {"processing_class": Unknown()}, "knows none of the words"),
     "other inputs": ([{"pixel_values": [1.0]}], {}, "needs 'input_ids', the calibration data have"),
     "all padding": (
         [{"input_ids": torch.zeros(2, 4, dtype=torch.long), "attention_mask": torch.zeros(2, 4, dtype=torch.long)}],

@@ -139,3 +139,10 @@ def test_too_few_tokens_name_the_layer():
     with pytest.raises(hf_prune.CalibrationError, match="encoder.layer.0.output.dense keeps 63 units.*9 real tokens"):
         reconstruct(model, units, mask, hf_prune.Calibrator(model, [tiny_batch("bert", size=1)]))
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_same_example_again_and_again_is_solved(seed):
+    model = tiny_model("bert", seed=seed)
+    hf_prune.prune(model, hf_prune.KCMConfig(budget={"macs": 0.9}), [{"input_ids": [2, 1, 1, 3]}] * 90)
+    assert all(p.isfinite().all() for p in model.parameters())

@@ -94,90 +94,101 @@ def _setting(text: str) -> tuple[str, str]:
 
 
 _DESCRIPTION = """\
-Make Hugging Face transformers physically smaller and faster: remove attention heads and feed-forward neurons, then
-load the result with plain from_pretrained. Look at a model with inspect, make it smaller with prune, and measure what
-that gained with bench.
+Make Hugging Face transformers physically smaller and faster: remove attention
+heads and feed-forward neurons, then load the result with plain from_pretrained.
+Look at a model with inspect, make it smaller with prune, and measure what that
+gained with bench.
 """
 _EXAMPLES = """\
 examples:
   hf-prune inspect google-bert/bert-base-uncased
-  hf-prune prune ./bert-sst2 --method kcm --budget macs=0.6 --dataset reviews.txt --output ./bert-sst2-60
+  hf-prune prune ./bert-sst2 --method kcm --budget macs=0.6 \\
+      --dataset reviews.txt --output ./bert-sst2-60
   hf-prune bench ./bert-sst2-60 --against ./bert-sst2
 
 `hf-prune COMMAND --help` explains a command.
 exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted
 """
 _INSPECT = """\
-Show what of a model can be pruned: its heads (KV groups under grouped-query attention), neurons and layers, what they
-cost, which of them plain transformers can load in smaller number, and how far each method can go. The weights are
-loaded, on the CPU, and nothing is changed.
+Show what of a model can be pruned: its heads (KV groups under grouped-query
+attention), neurons and layers, what they cost, which of them plain transformers
+loads in smaller number, and how far each method can go. The weights are loaded,
+on the CPU, and nothing is changed.
 """
 _INSPECT_EXAMPLES = """\
 examples:
   hf-prune inspect google-bert/bert-base-uncased
   hf-prune inspect ./bert-sst2-60 --sequence-length 64 --json
 
-MACs are the multiply-accumulates of one forward pass over one example in the layers, embeddings and task head left
-out.
+MACs are the multiply-accumulates of the layers in one forward pass over one
+example; embeddings and task head are left out.
 """
 _PRUNE = """\
-Make a model smaller: choose the heads and neurons to keep, cut the others out, save the result, and reload it to
-compare its outputs before the command ends. Methods that look at activations want a few hundred to a few thousand
-examples like those of the task. They need no labels, except encoder-decoders, which need tokenised input_ids and
-labels.
+Make a model smaller: choose the heads and neurons to keep, cut the others out,
+save the result, and reload it to compare its outputs before the command ends.
+Methods that look at activations want a few hundred to a few thousand examples
+like those of the task. Plain text without labels will do, except for
+encoder-decoders, which need columns of input_ids and labels.
 """
 _PRUNE_EXAMPLES = """\
 examples:
-  hf-prune prune ./bert-sst2 --method kcm --budget macs=0.6 --dataset reviews.txt --output ./bert-sst2-60
-  hf-prune prune ./bert-sst2 --method kcm --budget macs=0.6 --dataset stanfordnlp/sst2 --text-column sentence \\
-      --set recover=scale --allocation uniform --multiple-of 64 --output ./bert-sst2-60-uniform
-  hf-prune prune Qwen/Qwen3-0.6B --method magnitude --budget params=0.8 --exclude 'layers.0.*' --output ./qwen3-80
+  hf-prune prune ./bert-sst2 --method kcm --budget macs=0.6 \\
+      --dataset reviews.txt --output ./bert-sst2-60
+  hf-prune prune ./bert-sst2 --method kcm --set recover=scale \\
+      --budget macs=0.6 --allocation uniform --multiple-of 64 \\
+      --dataset stanfordnlp/sst2 --text-column sentence --output ./bert-uniform
+  hf-prune prune Qwen/Qwen3-0.6B --method magnitude --budget params=0.8 \\
+      --exclude 'layers.0.*' --output ./qwen3-80
 
-With --json the report is printed as one JSON object, with the folder and how it loads.
+--json prints the report, the folder, and how the result loads.
 """
 _BENCH = """\
-Measure checkpoints side by side: latency (median and 95th percentile of one forward pass), peak memory, size on disk,
-MACs and parameters. The models take turns on the same random inputs, so that a busy machine slows all of them down
-alike; figures of two runs of this command do not compare.
+Measure checkpoints side by side: latency (median and 95th percentile of one
+forward pass), peak memory, size on disk, MACs and parameters. The models take
+turns on the same random inputs, so that a busy machine slows all of them down
+alike; the figures of two calls do not compare.
 """
 _BENCH_EXAMPLES = """\
 examples:
   hf-prune bench ./bert-sst2-60 --against ./bert-sst2
-  hf-prune bench ./bert-80 ./bert-60 ./bert-40 --against ./bert --batch-size 1 32 --threads 4 --json > bench.json
+  hf-prune bench ./bert-80 ./bert-60 --against ./bert --batch-size 1 32 \\
+      --threads 4 --json > bench.json
 
 The table is Markdown, with ratios to the first model.
 """
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("hf-prune", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=raw)
+    parser = argparse.ArgumentParser(
+        "hf-prune", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--version", action="version", version=f"hf_prune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="print the result as JSON")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    def add(name: str, summary: str, description: str, examples: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=examples,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            add_help=name != "prune",
+        )
+        command.set_defaults(error=command.error)
+        return command
 
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("model", metavar="MODEL", help="a folder that save_pretrained wrote, or a model of the Hub")
-    model.add_argument(
-        "--task",
-        default="auto",
-        choices=("auto", *TASKS),
-        metavar="TASK",
-        help=f"load the model for this task: {', '.join(TASKS)}; default: auto, the class that its config names",
-    )
+    _add_inspect(add("inspect", "show what of a model can be pruned, and what it costs", _INSPECT, _INSPECT_EXAMPLES))
+    _add_prune(add("prune", "make a model smaller, and save it", _PRUNE, _PRUNE_EXAMPLES))
+    _add_bench(add("bench", "measure latency, memory and size side by side", _BENCH, _BENCH_EXAMPLES))
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print the result as JSON")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
 
-    inspect = commands.add_parser(
-        "inspect",
-        parents=[model, common],
-        help="show what of a model can be pruned, and what it costs",
-        description=_INSPECT,
-        epilog=_INSPECT_EXAMPLES,
-        formatter_class=raw,
-    )
-    inspect.add_argument(
+
+def _add_inspect(parser: argparse.ArgumentParser) -> None:
+    _add_model(parser)
+    parser.add_argument(
         "--sequence-length",
         type=_count,
         default=128,
@@ -185,19 +196,12 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens per example at which MACs are counted, at least 1; default: %(default)s",
     )
 
-    prune = commands.add_parser(
-        "prune",
-        parents=[model, common],
-        add_help=False,
-        help="make a model smaller, and save it",
-        description=_PRUNE,
-        epilog=_PRUNE_EXAMPLES,
-        formatter_class=raw,
-    )
-    prune.add_argument("-h", "--help", action=_HelpWithMethods, nargs=0, help="show this help, with all methods")
-    prune.set_defaults(error=prune.error)
-    prune.add_argument("--method", required=True, help="how to choose what stays, one of the methods below")
-    prune.add_argument(
+
+def _add_prune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-h", "--help", action=_HelpWithMethods, nargs=0, help="show this help message and exit")
+    _add_model(parser)
+    parser.add_argument("--method", required=True, help="how to choose what stays, see below")
+    parser.add_argument(
         "--budget",
         type=_limit,
         action="append",
@@ -206,8 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         help="the most that the pruned model may cost: the ratio to keep, in (0, 1], or an absolute whole number; of "
         "macs, params (parameters) or memory (bytes of weights). Given several times, all limits hold",
     )
-    prune.add_argument("--output", required=True, metavar="FOLDER", help="where to save; a model in it is replaced")
-    prune.add_argument(
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to save; a model in it is replaced")
+    parser.add_argument(
         "--set",
         type=_setting,
         action="append",
@@ -215,40 +219,53 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="an option of the method, see below; may be given several times",
     )
-    prune.add_argument(
+    parser.add_argument(
         "--allocation",
         choices=("global", "uniform"),
         default="global",
         help="global: units compete over all layers; uniform: each layer keeps equally many, in numbers that plain "
         "transformers loads; default: %(default)s",
     )
-    prune.add_argument(
+    parser.add_argument(
         "--multiple-of",
         type=_count,
         default=1,
         metavar="N",
-        help="keep a multiple of N neurons in each layer, at least 1; default: %(default)s. Kernels like 8 or 64",
+        help="keep a multiple of N neurons in each layer, at least 1; 8 or 64 may run faster; default: %(default)s",
     )
-    prune.add_argument(
+    parser.add_argument(
         "--exclude",
         nargs="+",
+        action="extend",
         default=[],
         metavar="PATTERN",
         help="units to keep whole, as shell patterns such as 'encoder.layer.0.*'; default: none",
     )
-    prune.add_argument(
+    parser.add_argument(
+        "--sequence-length",
+        type=_count,
+        metavar="TOKENS",
+        help="tokens per example at which MACs are counted, at least 1; default: the mean of the data, 128 without",
+    )
+    parser.add_argument(
+        "--target-length",
+        type=_count,
+        metavar="TOKENS",
+        help="the same for a decoder that follows an encoder; default: as above",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",
         help="of the weights while pruning and when saved; default: auto, as they are stored",
     )
-    prune.add_argument(
+    _add_device(parser)
+    parser.add_argument(
         "--standalone",
         action="store_true",
         help="save code along, so that the model loads with trust_remote_code=True where hf_prune is not installed",
     )
-    _add_device(prune)
-    data = prune.add_argument_group("calibration data")
+    data = parser.add_argument_group("calibration data")
     data.add_argument(
         "--dataset",
         metavar="FILE_OR_ID",
@@ -264,7 +281,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_count,
         default=2048,
         metavar="N",
-        help="read the first N examples, at least 1; default: %(default)s. Shuffle data that are sorted by class",
+        help="read the first N examples, at least 1; shuffle data that are sorted by class; default: %(default)s",
     )
     data.add_argument(
         "--batch-size",
@@ -280,20 +297,11 @@ def _parser() -> argparse.ArgumentParser:
         help="cut longer texts to this many tokens, at least 1; default: what tokenizer and model take",
     )
 
-    bench = commands.add_parser(
-        "bench",
-        parents=[common],
-        help="measure latency, memory and size of checkpoints side by side",
-        description=_BENCH,
-        epilog=_BENCH_EXAMPLES,
-        formatter_class=raw,
-    )
-    bench.set_defaults(error=bench.error)
-    bench.add_argument(
-        "models", nargs="+", metavar="MODEL", help="a folder that save_pretrained wrote, or a model of the Hub"
-    )
-    bench.add_argument("--against", metavar="DENSE", help="the model to compare with; default: the first MODEL")
-    bench.add_argument(
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--against", metavar="DENSE", help="the model to compare with; default: the first MODEL")
+    parser.add_argument(
         "--batch-size",
         type=_count,
         nargs="+",
@@ -301,21 +309,34 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="examples in a batch, at least 1; latency is measured at each size given; default: 1 8",
     )
-    bench.add_argument(
+    parser.add_argument(
         "--sequence-length",
         type=_count,
         default=128,
         metavar="TOKENS",
         help="tokens in each example, at least 1; default: %(default)s",
     )
-    bench.add_argument(
+    parser.add_argument(
         "--repeats", type=_count, default=30, metavar="N", help="timed passes, at least 1; default: %(default)s"
     )
-    bench.add_argument(
-        "--threads", type=_count, metavar="N", help="threads on the CPU, at least 1; default: as many as torch takes"
+    parser.add_argument(
+        "--threads", type=_count, metavar="N", help="threads on the CPU, at least 1; default: what torch takes"
     )
-    _add_device(bench)
-    return parser
+    _add_device(parser)
+
+
+_MODEL = "a folder that save_pretrained wrote, or a model of the Hub"
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument(
+        "--task",
+        default="auto",
+        choices=("auto", *TASKS),
+        metavar="TASK",
+        help=f"load the model for this task: {', '.join(TASKS)}; default: auto, the class that its config names",
+    )
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:

@@ -103,7 +103,7 @@ def _text(found: dict[str, Any]) -> str:
     lowest: dict[float, list[str]] = {}
     for method, ratio in found["lowest_macs"].items():
         lowest.setdefault(ratio, []).append(method)
-    note = f"\nNote: in {found['model_type']} {found['note']}." if found["note"] else ""
+    note = f"\n{found['model_type']}: {found['note']}." if found["note"] else ""
     return f"""\
 {found["class"]} ({found["model_type"]}) from {found["model"]}
 
@@ -113,8 +113,8 @@ MACs        {_si(found["macs"])}  {_share(found, "macs")}; one example, n = {len
 
 {_aligned(rows)}
 
-Where a config attribute holds the number, plain transformers loads a model with fewer, equally many in each layer
-(--allocation uniform). All else loads after `import hf_prune`.
+Where the config holds the number, plain transformers loads a model with fewer, if they are equally many in each layer
+(prune --allocation uniform). All else loads after `import hf_prune`.
 Lowest budget: {"; ".join(f"macs={ratio} by {', '.join(methods)}" for ratio, methods in lowest.items())}.{note}
 {loading_sentence(found)}"""
 

@@ -73,7 +73,8 @@ def load_model(model: str, task: str = "auto", *, dtype: str = "auto", device: s
                 )
         else:
             name = TASKS[task]
-        loaded: PreTrainedModel = getattr(transformers, name).from_pretrained(model, dtype=dtype)
+        cls = getattr(transformers, name)
+        loaded: PreTrainedModel = cls.from_pretrained(model, dtype=dtype, use_safetensors=True)  # no pickle
         return loaded.to(device)
 
 
@@ -81,10 +82,9 @@ def load_processor(model: str) -> Any:
     """The tokenizer (or processor) beside a model; `None`, with a warning, where there is none."""
     try:
         processor = AutoProcessor.from_pretrained(model)
-        # Without files to read, transformers makes a tokenizer that knows its special tokens alone (T5's also "▁"),
+        # Without files to read, transformers makes a tokenizer that knows its special tokens alone, perhaps with "▁",
         # and turns every word into the same unknown one.
-        known = len(processor) - len(processor.all_special_ids) if hasattr(processor, "all_special_ids") else None
-        if known is None or known > 1:
+        if not hasattr(processor, "get_vocab") or {*processor.get_vocab()} - {*processor.all_special_tokens, "▁"}:
             return processor
         reason = "it has no vocabulary"
     except (OSError, ValueError) as error:
@@ -102,10 +102,10 @@ def how_it_loads(config: PreTrainedConfig) -> dict[str, bool]:
 def loading_sentence(loads: dict[str, bool]) -> str:
     """[`how_it_loads`] in words."""
     if not loads["needs_hf_prune"]:
-        return "It loads with plain transformers."
+        return "This checkpoint loads with plain transformers."
     if not loads["standalone"]:
-        return "It loads with from_pretrained after `import hf_prune`."
+        return "This checkpoint loads with from_pretrained after `import hf_prune`."
     return (
-        "It loads with from_pretrained after `import hf_prune`; where that is not installed, with an auto class and "
-        "trust_remote_code=True."
+        "This checkpoint loads with from_pretrained after `import hf_prune`; where that is not installed, with an "
+        "auto class and trust_remote_code=True."
     )

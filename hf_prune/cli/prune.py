@@ -3,10 +3,13 @@
 import argparse
 import csv
 import inspect
+import re
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
+from shutil import get_terminal_size
+from textwrap import dedent, fill
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -19,7 +22,6 @@ from ..pruning import prune
 from ..surgery import shrink
 from .loading import check_device, how_it_loads, load_model, load_processor, loading_sentence, resolve, trying
 
-_FLAGS = ("budget", "allocation", "multiple_of", "exclude")  # options of a method that the command line names itself
 _FILES: dict[str, dict[str, Any]] = {
     ".jsonl": {"path": "json"},
     ".json": {"path": "json"},
@@ -83,17 +85,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _config(args: argparse.Namespace) -> PruningConfig:
     config_class = get_pruner(args.method).config_class
-    hints = get_type_hints(config_class)
-    known = [field.name for field in fields(config_class) if field.name not in _FLAGS]
-    options: dict[str, Any] = {name: getattr(args, name) for name in _FLAGS[1:]}
+    options = {field.name: getattr(args, field.name) for field in fields(PruningConfig)}
     options["budget"] = _once(args.budget, "--budget")
+    hints = {name: hint for name, hint in get_type_hints(config_class).items() if name in _own_options(config_class)}
     for key, text in _once(args.set, "--set").items():
-        if key in _FLAGS:
-            raise ConfigError(f"{key} has an option of its own: --{key.replace('_', '-')}.")
-        if key not in known:
-            raise ConfigError(unknown(f"option of {args.method}", key, known))
+        if key in options:
+            raise ConfigError(f"{key} has a place of its own: --{key.replace('_', '-')}.")
+        if key not in hints:
+            raise ConfigError(unknown(f"option of {args.method}", key, hints))
         options[key] = _value(key, text, hints[key])
     return config_class(**options)
+
+
+def _own_options(config_class: type[PruningConfig]) -> list[str]:
+    shared = {field.name for field in fields(PruningConfig)}
+    return [field.name for field in fields(config_class) if field.name not in shared]
 
 
 def _once(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
@@ -126,29 +132,27 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 def _legal(hint: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", NoneType: "none"}
     return " or ".join(
-        ", ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else names.get(kind, "a,b,c")
+        " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else names.get(kind, "a,b,c")
         for kind in _alternatives(hint)
     )
 
 
 def methods_help() -> str:
-    """The registered methods, their options, and what is legal for these."""
-    lines = ["methods, with the options that --set takes:"]
+    """The registered methods and their own options, in the words of their docstrings."""
+    lines = ["methods, with their options for --set:"]
+    width = get_terminal_size().columns - 2
     for name in known_pruners():
         pruner = get_pruner(name)
-        data = "needs --dataset" if pruner.needs_data else "needs no data"
-        lines.append(f"  {name} ({data}): {(inspect.getdoc(pruner) or '').partition(chr(10))[0]}")
-        lines += _options_help(pruner.config_class, without=PruningConfig)
-    return "\n".join([*lines, "  every method", *_options_help(PruningConfig)])
-
-
-def _options_help(config_class: type[PruningConfig], without: type[PruningConfig] | None = None) -> list[str]:
-    hints, shared = get_type_hints(config_class), {f.name for f in fields(without)} if without else set(_FLAGS)
-    own: list[Field[Any]] = [f for f in fields(config_class) if f.name not in shared]
-    return [
-        f"    {f.name}: {_legal(hints[f.name])}" + (f"; default: {f.default}" if f.default is not MISSING else "")
-        for f in own
-    ]
+        summary = (inspect.getdoc(pruner) or "").partition("\n\n")[0]
+        needs = "Needs --dataset." if pruner.needs_data else "Needs no data."
+        entries = [f"  {name}: {summary} {needs}"]
+        options = (inspect.getdoc(pruner.config_class) or "").partition("Args:\n")[2].partition("\n\n")[0]
+        entries += [f"    {entry}" for entry in re.split(r"\n(?! )", dedent(options)) if entry]
+        for entry in entries:
+            indent = " " * (len(entry) - len(entry.lstrip()))
+            plain = " ".join(entry.replace("`", "").replace("*optional*, ", "").split())
+            lines.append(fill(plain, width, initial_indent=indent, subsequent_indent=f"{indent}    "))
+    return "\n".join(lines)
 
 
 # Data

@@ -57,7 +57,7 @@ def save_pretrained(
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that
             `from_pretrained(..., trust_remote_code=True)` loads the model where hf_prune is not installed.
         options: Passed on to `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant`. With an explicit
-            `state_dict`, as `Trainer` passes for its checkpoints, the stock method runs alone: the weights are not
+            `state_dict`, as `Trainer` passes for sharded models, the stock method runs alone: the weights are not
             those in memory.
 
     Raises:
