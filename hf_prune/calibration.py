@@ -6,25 +6,20 @@ and sums what the processes saw, so that the result depends neither on the batch
 
 import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce, send_to_device
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from .batches import Batch, read_batches
 from .errors import CalibrationError, ConfigError
 from .gates import LayerCalls, observe, record_calls
 from .units import base_model, prunable_units
-
-Batch = dict[str, torch.Tensor]
-_PADDING = {"attention_mask": 0, "decoder_attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
 
 def process_state() -> PartialState:
@@ -131,15 +126,15 @@ class Calibrator:
         self.model = model
         self.units = prunable_units(model)
         self._accepted = set(inspect.signature(model.forward).parameters)
-        if isinstance(data, str | Mapping):
-            raise CalibrationError(
-                f"The calibration data are one {type(data).__name__}: give a list of examples, a Dataset or a loader."
-            )
-        if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or _is_batch(next(iter(data), None)):
-            batches = _whole_batches(data, max_samples)
-        else:
-            reader = _Reader(model, processing_class, text_column, max_length)
-            batches = list(reader.batches(list(islice(iter(data), max_samples)), batch_size))
+        batches = read_batches(
+            model,
+            data,
+            processing_class=processing_class,
+            text_column=text_column,
+            max_samples=max_samples,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
         batches = [self._usable(batch) for batch in batches]
         if not batches:
             raise CalibrationError("The calibration data are empty: give at least one example.")
@@ -324,122 +319,3 @@ def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> t
             f"{name} saw {len(rows)} tokens where the attention mask has {real.numel()}: padding can't be told apart."
         )
     return rows[real.flatten().to(rows.device)]
-
-
-def _is_batch(item: Any) -> bool:
-    """Whether an element of a list is a batch already, rather than one example."""
-    dims = {"input_ids": 2, "pixel_values": 4, "input_features": 3}
-    return isinstance(item, Mapping) and any(
-        isinstance(item.get(k), torch.Tensor) and item[k].dim() == n for k, n in dims.items()
-    )
-
-
-def _whole_batches(loader: Iterable[Any], max_samples: int | None) -> list[Any]:
-    batches, left = [], float("inf") if max_samples is None else max_samples
-    for batch in loader:
-        if left <= 0:
-            break
-        if isinstance(batch, Mapping):
-            size = len(next(iter(batch.values())))
-            if size > left:
-                batch = {k: v[: int(left)] if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-            left -= size
-        batches.append(batch)
-    return batches
-
-
-class _Reader:
-    """Turns examples into padded batches of similar length."""
-
-    def __init__(
-        self, model: PreTrainedModel, processing_class: Any, text_column: str | None, max_length: int | None
-    ) -> None:
-        self.processing_class, self.text_column, self.main_input = processing_class, text_column, model.main_input_name
-        tokens = (getattr(source, "pad_token_id", None) for source in (processing_class, model.config))
-        self.pad_token: int = next((token for token in tokens if token is not None), 0)
-        limits = [
-            getattr(processing_class, "model_max_length", None),
-            getattr(model.config, "max_position_embeddings", None),
-            max_length,
-        ]
-        self.max_length = min((n for n in limits if isinstance(n, int) and 0 < n < 10**9), default=None)
-
-    def batches(self, examples: Sequence[Any], batch_size: int) -> Iterator[Batch]:
-        items = [self._tensors(item) for item in self._tokenised(examples)]
-        items.sort(key=lambda item: max((len(v) for v in item.values() if v.dim()), default=0))
-        for start in range(0, len(items), batch_size):
-            yield self._collate(items[start : start + batch_size])
-
-    def _tokenised(self, examples: Sequence[Any]) -> Iterator[Mapping[str, Any]]:
-        special, texts, unknown_words = {*getattr(self.processing_class, "all_special_ids", ())}, 0, 0
-        for example in examples:
-            text = example
-            if isinstance(example, Mapping):
-                if self.main_input in example or not self._has_text(example):
-                    yield example
-                    continue
-                text = self._text(example)
-            if not isinstance(text, str):
-                raise CalibrationError(
-                    f"An example must be a string or a dict of model inputs, got {type(text).__name__}: {text!r:.50}."
-                )
-            if self.processing_class is None:
-                raise CalibrationError("The calibration data are text: pass processing_class=tokenizer.")
-            item = self.processing_class(text, truncation=self.max_length is not None, max_length=self.max_length)
-            unknown_words += bool(item["input_ids"]) and set(item["input_ids"]) <= special
-            texts += 1
-            yield item
-        if texts and unknown_words == texts:
-            # What AutoTokenizer makes of a folder without tokenizer files.
-            raise CalibrationError("The tokenizer knows none of the words of the calibration data: is it the model's?")
-
-    def _has_text(self, example: Mapping[str, Any]) -> bool:
-        return self.text_column is not None or any(isinstance(value, str) for value in example.values())
-
-    def _text(self, example: Mapping[str, Any]) -> Any:
-        if self.text_column is not None:
-            if self.text_column not in example:
-                names = ", ".join(map(str, example))
-                raise ConfigError(f"text_column {self.text_column!r} is not in the data: {names}.")
-            return example[self.text_column]
-        strings = [key for key, value in example.items() if isinstance(value, str)]
-        if len(strings) > 1:
-            raise CalibrationError(
-                f"There are several columns of text ({', '.join(strings)}): name one with text_column=."
-            )
-        self.text_column = strings[0]
-        return example[self.text_column]
-
-    def _tensors(self, item: Mapping[str, Any]) -> Batch:
-        tensors = {}
-        for key, value in item.items():
-            try:
-                tensors[key] = torch.as_tensor(value)
-            except (TypeError, ValueError, RuntimeError):
-                continue  # columns that are no numbers are no model inputs
-        return tensors
-
-    def _collate(self, items: list[Batch]) -> Batch:
-        batch = {}
-        for key in items[0]:
-            if not all(key in item for item in items):
-                raise CalibrationError(f"Some examples have {key!r} and some have not.")
-            values = [item[key] for item in items]
-            if values[0].dim() == 1:
-                padding = float(_PADDING.get(key, self.pad_token))
-                batch[key] = pad_sequence(values, batch_first=True, padding_value=padding)
-            elif len({value.shape for value in values}) == 1:
-                batch[key] = torch.stack(values)
-            else:
-                raise CalibrationError(
-                    f"The examples have {key!r} of different shapes: pass batches (a DataLoader) instead."
-                )
-        if (
-            "attention_mask" not in batch
-            and "input_ids" in batch
-            and len({len(item["input_ids"]) for item in items}) > 1
-        ):
-            batch["attention_mask"] = pad_sequence(
-                [torch.ones_like(item["input_ids"]) for item in items], batch_first=True
-            )
-        return batch
