@@ -21,7 +21,7 @@ from .errors import CalibrationError
 from .gates import LayerCalls, observe, record_calls
 from .masks import PruningMask
 from .surgery import cut_layer
-from .units import Projection, PrunableUnits, UnitGroup, base_model, kept_columns, output_matrix, projection
+from .units import Projection, PrunableUnits, UnitGroup, base_model, features, kept_columns, output_matrix, projection
 
 Recovery = Literal["lstsq", "scale"]
 
@@ -216,11 +216,11 @@ class _Walk:
         pruned = [
             g for g in self.units.of_kind("heads", "neurons") if g.stack == self.stack and not mask[g.name].all()
         ]
-        followed = self.stack != list(self.units.stacks)[-1]  # by a stack that reads what this one ends with
-        for index, layer in enumerate(layers):
+        # A later stack reads what this one ends with; otherwise nothing above the last pruned layer matters.
+        followed = self.stack != list(self.units.stacks)[-1]
+        last = len(layers) if followed else max((g.layer for g in pruned), default=-1)
+        for index, layer in enumerate(layers[: last + 1]):
             groups = [g for g in pruned if g.layer == index]
-            if not followed and all(g.layer < index for g in pruned):
-                break
             if not mask[self.stack][index]:
                 self.student = list(self.student) if self.student is self.teacher else self.student
                 self.teacher = self._advance(layer, index, self.teacher, self.teacher_calls)
@@ -232,13 +232,14 @@ class _Walk:
                 small = copy.deepcopy(layer)
                 cut_layer(small, self.units.of_layer(self.stack, index), mask)
                 for group in groups:
-                    final = group is groups[-1]
-                    equations, teacher = self._accumulate(layer, small, index, group, mask, keep_output=final)
+                    on = group is groups[-1] and index < last
+                    equations, teacher = self._accumulate(layer, small, index, group, keep_output=on)
                     module = projection(small, _inside(group))
                     solved[group.name] = self._solve(module, group, mask, equations, recover, ridge)
                     replace(solved[group.name], columns=torch.arange(len(output_matrix(module)))).write(module)
-                self.student = self._advance(small, index, self.student, self.student_calls)
-                self.teacher = teacher
+                if index < last:
+                    self.student = self._advance(small, index, self.student, self.student_calls)
+                    self.teacher = teacher
         return solved
 
     def _advance(
@@ -252,14 +253,12 @@ class _Walk:
         return _output(layer(hidden, *args, **kwargs))
 
     def _accumulate(
-        self, layer: nn.Module, small: nn.Module, index: int, group: UnitGroup, mask: PruningMask, keep_output: bool
+        self, layer: nn.Module, small: nn.Module, index: int, group: UnitGroup, keep_output: bool
     ) -> tuple[NormalEquations, list[torch.Tensor]]:
         """One pass of the layer's teacher and student over the data: the normal equations of one site."""
         name = _inside(group)
         dense, thin = projection(layer, name), projection(small, name)
-        weight = thin.weight
-        outputs = len(dense.bias) if dense.bias is not None else output_matrix(dense).shape[1]
-        equations = NormalEquations(output_matrix(thin).shape[0], outputs, weight.device)
+        equations = NormalEquations(*features(thin), thin.weight.device)
         residual = group.block.residual if group.block is not None else None
         residual = residual(layer) if callable(residual) else residual
         ends = []
