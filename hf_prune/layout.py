@@ -63,13 +63,16 @@ def _layout_modules(layout: Any) -> dict[str, dict[str, Any]]:
         or not isinstance(layout["modules"], dict)
     ):
         raise LayoutError("config.hf_prune must have exactly the keys 'version' and 'modules'.")
-    if layout["version"] != 1:
+    if type(layout["version"]) is not int or layout["version"] != 1:
         raise LayoutError(f"config.hf_prune: version is {layout['version']!r}, this code reads 1: update hf_prune.")
     for name, entry in layout["modules"].items():
         if not isinstance(entry, dict) or not set(entry) <= {"weight", "attributes", "config"}:
             raise LayoutError(
                 f"config.hf_prune: {name} must be a dict with keys among 'weight', 'attributes' and 'config'."
             )
+        for key in ("attributes", "config"):
+            if not isinstance(entry.get(key, {}), dict):
+                raise LayoutError(f"config.hf_prune: {name}.{key} must be a dict of whole numbers.")
     return dict(layout["modules"])
 
 
@@ -125,7 +128,8 @@ def apply_layout(model: Any) -> None:
     # whole. An encoder-only class of an encoder-decoder knows some. The class that was saved knows all.
     whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
     for name in entries:
-        if name not in modules and (whole or hasattr(base, name.partition(".")[0])):
+        root = name.partition(".")[0]
+        if name not in modules and (hasattr(base, root) or (whole and root not in ("encoder", "decoder"))):
             raise LayoutError(f"config.hf_prune: {type(model).__name__} has no module {name!r}.")
     if vars(base).get("_hf_prune_done"):  # the head comes after the base model
         return
@@ -136,12 +140,16 @@ def apply_layout(model: Any) -> None:
         module = modules[name]
         if "weight" in entry:
             _slice(module, entry["weight"], name)
-        for attribute, value in dict(entry.get("attributes", {})).items():
+        for attribute, value in entry.get("attributes", {}).items():
             if attribute.startswith("_") or type(vars(module).get(attribute)) is not int:
                 raise LayoutError(f"config.hf_prune: {name} has no whole number {attribute!r}.")
             setattr(module, attribute, _count(value, vars(module)[attribute], f"{name}.{attribute}"))
-        if "config" in entry and not isinstance(module.config, ConfigView):
-            values = dict(entry["config"])
+        if "config" in entry:
+            values = entry["config"]
+            if not hasattr(module, "config"):
+                raise LayoutError(f"config.hf_prune: {name} has no config to change.")
+            if hasattr(module.config, "_own"):  # a ConfigView, of this module or of code that came with a checkpoint
+                continue
             limits = {key: getattr(module.config, key, None) for key in values}
             module.config = ConfigView(
                 module.config, {k: _count(v, limits[k], f"{name}.config.{k}") for k, v in values.items()}
@@ -184,7 +192,8 @@ def describe(model: "PreTrainedModel", dense: "PreTrainedModel") -> dict[str, di
         attributes = {key: n for key, n in attributes.items() if n != _counters(other).get(key)}
         if attributes:
             entry["attributes"] = attributes
-        if isinstance(view := getattr(module, "config", None), ConfigView):
+        view: Any = getattr(module, "config", None)
+        if hasattr(view, "_own"):
             own = {key: getattr(view, key) for key in view._own}
             if any(getattr(other.config, key) != n for key, n in own.items()):
                 entry["config"] = own

@@ -6,6 +6,7 @@ and only then put in the target's place: a crash at any moment leaves the old fo
 
 import ctypes
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from ..benchmark import example_inputs
@@ -25,7 +27,7 @@ from ..gates import current_mask, masked_columns
 from ..layout import disable, enable
 from ..masks import PruningMask
 from ..report import PruningReport
-from ..units import PrunableUnits, output_matrix, prunable_units, site
+from ..units import PrunableUnits, prunable_units, site
 from .standalone import add_standalone_code
 
 logger = logging.get_logger(__name__)
@@ -74,9 +76,10 @@ def save_pretrained(
         return
     if options.pop("push_to_hub", False):
         raise SaveError("save_pretrained writes to disk: call model.push_to_hub(repo_id) afterwards.")
-    target = Path(save_directory).absolute()
+    target = Path(save_directory).resolve()
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file: give a folder.")
+    options.pop("state_dict", None)
     carried = current_mask(model)
     state = model.state_dict()
     if carried is not None:
@@ -84,6 +87,7 @@ def save_pretrained(
         logger.warning(
             "The model is masked but not shrunk: it is saved with all its parameters. shrink(model) cuts them."
         )
+    here = Path.cwd()  # perhaps the folder that is about to be replaced
     with _staging(target) as staging:
         if standalone:  # remote code skips the renaming of weights that some families need at load
             options.setdefault("save_original_format", False)
@@ -96,13 +100,18 @@ def save_pretrained(
             report.save(staging)
         if standalone:
             add_standalone_code(model, staging)
+        for file in staging.iterdir():  # safetensors makes files that only their owner can read
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
+        if target.exists():
+            _link_others(target, staging, options.get("variant"))
         _verify(model, state, staging, standalone, options.get("variant"))
         for file in staging.iterdir():
             if file.is_file():
-                if file.stat().st_nlink == 1:  # ours: safetensors writes files that only their owner can read
-                    file.chmod(0o666 & ~_umask())
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+    if here.is_relative_to(target):
+        os.chdir(here)
 
 
 def _stock_save(model: PreTrainedModel, directory: str | os.PathLike[str], **options: Any) -> None:
@@ -121,9 +130,9 @@ def _folded(model: PreTrainedModel, state: dict[str, torch.Tensor], mask: Prunin
     state = dict(state)
     for group, columns in masked_columns(model, units, mask):
         module = site(model, group)
-        folded = output_matrix(module).detach().clone()
-        folded[columns.to(folded.device)] = 0
-        state[f"{names[id(module)]}.weight"] = folded if module.weight.shape == folded.shape else folded.T.contiguous()
+        weight = module.weight.detach().clone()
+        weight.index_fill_(0 if isinstance(module, Conv1D) else 1, columns.to(weight.device), 0)
+        state[f"{names[id(module)]}.weight"] = weight
     return state
 
 
@@ -144,13 +153,17 @@ def _verify(
             raise SaveError(
                 f"The saved {name} reloads with another {key!r}, nothing was replaced. Please report this family."
             )
-    again = again.to(model.device)
     try:
-        inputs = example_inputs(model, batch_size=2, sequence_length=8)
-    except ConfigError as error:
+        again = again.to(model.device)
+        inputs = example_inputs(model, batch_size=1, sequence_length=8)
+        ours = _outputs(model, inputs)
+    except (ConfigError, RuntimeError, ValueError, TypeError) as error:
         logger.warning(f"The weights reload equal; the outputs were not compared: {error}")
         return
-    ours, theirs = _outputs(model, inputs), _outputs(again, inputs)
+    try:
+        theirs = _outputs(again, inputs)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise SaveError(f"The saved {name} does not run when it is reloaded, nothing was replaced: {error}") from error
     # The weights are equal to the bit; kernels may round differently where they lie differently in memory.
     tolerance = 1e-4 if ours.dtype == torch.float32 else 3e-2
     scale = ours.abs().max().clamp_min(1.0)
@@ -166,37 +179,42 @@ def _reload(model: PreTrainedModel, directory: Path, standalone: bool, variant: 
     if variant is not None:
         options["variant"] = variant
     if not standalone:
-        cls = next(
-            c for c in type(model).__mro__ if "from_pretrained" in dir(c) and c.__module__.startswith("transformers.")
-        )
+        cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("transformers_modules."))
         loaded: PreTrainedModel = cls.from_pretrained(directory, **options)  # type: ignore[attr-defined]
         return loaded
     config = AutoConfig.from_pretrained(directory)
     reference = next(ref for ref in config.auto_map.values() if ref.endswith(f".{type(model).__name__}"))
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
+    remote = get_class_from_dynamic_module(reference, directory)
+    enabled = getattr(PreTrainedModel.post_init, "_hf_prune", False)
     disable()  # it must load without hf_prune
     try:
-        remote = get_class_from_dynamic_module(reference, directory)
         loaded = remote.from_pretrained(directory, **options)
         return loaded
     finally:
-        enable()
+        if enabled:
+            enable()
+        module = sys.modules.pop(remote.__module__)
+        shutil.rmtree(Path(str(module.__file__)).parents[1], ignore_errors=True)  # transformers caches the code
 
 
 def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:
-    return mine.shape == other.shape and mine.dtype == other.dtype and torch.equal(mine.to(other.device), other)
+    wide = torch.promote_types(mine.dtype, other.dtype)  # some families keep some weights in float32 whatever is asked
+    return mine.shape == other.shape and torch.equal(mine.to(other.device, wide), other.to(wide))
 
 
 def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         with torch.no_grad():
             outputs = model(**inputs)
     finally:
-        model.train(training)
-    first: torch.Tensor = next(value for value in outputs.values() if isinstance(value, torch.Tensor))
+        for module, training in modes:
+            module.training = training
+    values = outputs if isinstance(outputs, tuple) else outputs.values()
+    first: torch.Tensor = next(value for value in values if isinstance(value, torch.Tensor))
     return first
 
 
@@ -213,8 +231,6 @@ def _staging(target: Path) -> Iterator[Path]:
         raise SaveError(f"Can't write beside {target}: {error.strerror or error}. Choose another folder.") from error
     try:
         os.chmod(staging, target.stat().st_mode & 0o777 if target.exists() else 0o777 & ~_umask())
-        if target.exists():
-            _link_others(target, staging)
         yield staging
         _replace(staging, target)
     except (OSError, SafetensorError) as error:
@@ -232,17 +248,27 @@ def _umask() -> int:
 
 
 _OF_A_MODEL = (
-    "*.safetensors",
-    "*.safetensors.index.json",
     "pytorch_model*",
     "config.json",
     "generation_config.json",
+    "modeling_hf_prune.py",
+    "pruning_mask.safetensors",
     "pruning_report.json",
 )
 
 
-def _link_others(source: Path, staging: Path) -> None:
+def _link_others(source: Path, staging: Path, variant: str | None) -> None:
     """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
+    of_a_model = shutil.ignore_patterns(*_OF_A_MODEL)
+    middle = f"\\.{re.escape(variant)}" if variant else ""
+    weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        beside = staging / os.path.relpath(folder, source)
+        skip = {name for name in names if (beside / name).is_file()}
+        if beside == staging:
+            skip |= of_a_model(folder, names) | {name for name in names if weights.fullmatch(name)}
+        return skip
 
     def link(old: str, new: str) -> None:
         try:
@@ -250,16 +276,7 @@ def _link_others(source: Path, staging: Path) -> None:
         except OSError:
             shutil.copy2(old, new)
 
-    of_a_model = shutil.ignore_patterns(*_OF_A_MODEL)
-    top = str(source)
-    shutil.copytree(
-        source,
-        staging,
-        symlinks=True,
-        copy_function=link,
-        dirs_exist_ok=True,
-        ignore=lambda folder, names: of_a_model(folder, names) if folder == top else set(),
-    )
+    shutil.copytree(source, staging, symlinks=True, copy_function=link, dirs_exist_ok=True, ignore=ignored)
 
 
 def _replace(staging: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from .. import layout
+from ..errors import SaveError
 
 MODULE = "modeling_hf_prune"
 
@@ -49,6 +50,8 @@ def auto_classes(model_type: str) -> dict[str, str]:
 def add_standalone_code(model: PreTrainedModel, directory: Path) -> None:
     """Write the module, and point `auto_map` in config.json to it."""
     autos = auto_classes(model.config.model_type)
+    if not hasattr(transformers, type(model).__name__):
+        raise SaveError(f"standalone=True is for classes of transformers, {type(model).__name__} is not one of them.")
     names = sorted({*autos.values(), type(model).__name__})
     parts: list[Any] = [layout.ConfigView, layout._count, layout._layout_modules, layout._slice, layout.apply_layout]
     source = _HEAD + "\n\n".join([*map(inspect.getsource, parts), *(_CLASS.format(name=name) for name in names)])
