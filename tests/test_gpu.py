@@ -1,0 +1,28 @@
+"""The whole road on a GPU. Skipped where there is none."""
+
+import pytest
+import torch
+from tiny import FAMILIES, tiny_batch, tiny_model
+
+import hf_prune
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3", "bart", "whisper", "vit"])
+def test_prune_shrink_save_load(name, dtype, tmp_path):
+    model = hf_prune.prunable(tiny_model(name).to("cuda", dtype))
+    batch = {k: v.cuda() for k, v in tiny_batch(name, size=24, padded=True).items()}
+    batch = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()}
+    mask = model.prune(hf_prune.KCMConfig(budget={"macs": 0.85}), [batch]).mask
+    with torch.no_grad():
+        masked = model(**batch).logits
+        small = model.shrink()(**batch).logits
+    assert torch.allclose(small, masked, atol=1e-4 if dtype == torch.float32 else 0.2)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("cuda", dtype)}
+    model.save_pretrained(tmp_path / "out")
+    again = FAMILIES[name][1].from_pretrained(tmp_path / "out", device_map="cuda")
+    assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
+    if dtype == torch.float32:
+        assert mask == hf_prune.prune(tiny_model(name), hf_prune.KCMConfig(budget={"macs": 0.85}), [batch]).mask
