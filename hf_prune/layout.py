@@ -1,13 +1,13 @@
 """The layout of a shrunk model: recorded in its config, rebuilt when it is loaded.
 
-`config.hf_prune = {"version": 1, "modules": {name: {"weight": [rows, columns], "attributes": {...}, "config":
-{...}}}}` lists what differs from the model that the rest of the config describes; names are relative to the base
-model, so every head loads. Loading needs no table of families: [`apply_layout`] slices the freshly built modules, on
-the meta device as a rule. A layout comes from a file that a stranger may have written. It is validated, and it can
-only make a model smaller.
+`config.hf_prune = {"version": 1, "numbers": {"encoder.layer.0.output.dense.in_features": 1021, ...}}` lists the whole
+numbers in which the modules differ from those that the rest of the config builds. Names are relative to the base
+model, so every head loads; the numbers of features of a Linear or Conv1D say how its weight is sliced; `x.config.y` is
+what module x alone reads as y in its config. Loading needs no table of families: [`apply_layout`] slices the freshly
+built modules, on the meta device as a rule. A layout comes from a file that a stranger may have written. It is
+validated, and it can only make a model smaller.
 
-Where a stock config can hold the shapes (uniform widths, dropped layers) none of this is needed, and no key is
-written.
+Where a stock config can hold the shapes (uniform widths, dropped layers) none of this is needed: no key is written.
 """
 
 import copy
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from .errors import LayoutError
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 KEY = "hf_prune"
@@ -56,57 +55,35 @@ def _count(value: Any, limit: Any, key: str) -> int:
     return value
 
 
-def _layout_modules(layout: Any) -> dict[str, dict[str, Any]]:
+def _numbers(layout: Any) -> dict[str, int]:
     if (
         not isinstance(layout, dict)
-        or set(layout) != {"version", "modules"}
-        or not isinstance(layout["modules"], dict)
+        or set(layout) != {"version", "numbers"}
+        or not isinstance(layout["numbers"], dict)
     ):
-        raise LayoutError("config.hf_prune must have exactly the keys 'version' and 'modules'.")
+        raise LayoutError("config.hf_prune must have exactly the keys 'version' and 'numbers', a dict.")
     if type(layout["version"]) is not int or layout["version"] != 1:
         raise LayoutError(f"config.hf_prune: version is {layout['version']!r}, this code reads 1: update hf_prune.")
-    for name, entry in layout["modules"].items():
-        if not isinstance(entry, dict) or not set(entry) <= {"weight", "attributes", "config"}:
-            raise LayoutError(
-                f"config.hf_prune: {name} must be a dict with keys among 'weight', 'attributes' and 'config'."
-            )
-        for key in ("attributes", "config"):
-            if not isinstance(entry.get(key, {}), dict):
-                raise LayoutError(f"config.hf_prune: {name}.{key} must be a dict of whole numbers.")
-    return dict(layout["modules"])
+    return dict(layout["numbers"])
 
 
-def _slice(module: Any, shape: Any, name: str) -> None:
-    """Cut the weight of a Linear or Conv1D to its first rows and columns; what they hold is loaded afterwards."""
+def _slice(module: Any, attribute: str, count: int) -> None:
+    """Cut a Linear or Conv1D to its first inputs or outputs; what they hold is loaded afterwards."""
     import torch
-    from transformers.pytorch_utils import Conv1D
 
-    conv = isinstance(module, Conv1D)
-    if not conv and type(module) is not torch.nn.Linear:
-        raise LayoutError(
-            f"config.hf_prune: {name} is a {type(module).__name__}, only Linear and Conv1D have a weight to cut."
-        )
-    if not isinstance(shape, list) or len(shape) != 2:
-        raise LayoutError(f"config.hf_prune: {name}.weight is {shape!r}, it must be [rows, columns].")
-    rows, columns = (_count(n, limit, f"{name}.weight") for n, limit in zip(shape, module.weight.shape, strict=True))
-    if (rows, columns) == tuple(module.weight.shape):
-        return
+    outputs = attribute in ("out_features", "nf")
+    rows = outputs == (attribute in ("out_features", "in_features"))  # Conv1D has a row for each input
 
-    def cut(parameter: Any, *size: int) -> Any:
+    def cut(parameter: Any, dim: int) -> Any:
         if parameter.is_meta:  # as a rule: the weights are loaded afterwards
-            small = parameter.new_empty(size)
+            small = parameter.new_empty([count if d == dim else n for d, n in enumerate(parameter.shape)])
         else:
-            small = parameter.detach()[tuple(slice(n) for n in size)].clone()
+            small = parameter.detach().narrow(dim, 0, count).clone()
         return torch.nn.Parameter(small, requires_grad=parameter.requires_grad)
 
-    outputs = columns if conv else rows
-    module.weight = cut(module.weight, rows, columns)
-    if module.bias is not None:
-        module.bias = cut(module.bias, outputs)
-    if conv:
-        module.nx, module.nf = rows, columns
-    else:
-        module.out_features, module.in_features = rows, columns
+    module.weight = cut(module.weight, 0 if rows else 1)
+    if outputs and module.bias is not None:
+        module.bias = cut(module.bias, 0)
 
 
 def apply_layout(model: Any) -> None:
@@ -119,41 +96,47 @@ def apply_layout(model: Any) -> None:
         LayoutError: The layout is malformed, names what the model does not have, or asks for more than it has.
     """
     layout = getattr(model.config, "hf_prune", None)
-    if layout is None:
-        return
     base = model.base_model
+    if layout is None or vars(base).get("_hf_prune_done"):  # the head comes after the base model
+        return
+    from torch.nn import Linear
+    from transformers.pytorch_utils import Conv1D
+
+    features = {Linear: ("in_features", "out_features"), Conv1D: ("nx", "nf")}
     modules = dict(base.named_modules())
-    entries = _layout_modules(layout)
     # A stack of a larger model (BartEncoder) is built before it, and knows none of the names: its turn comes with the
     # whole. An encoder-only class of an encoder-decoder knows some. The class that was saved knows all.
     whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
-    for name in entries:
-        root = name.partition(".")[0]
-        if name not in modules and (hasattr(base, root) or (whole and root not in ("encoder", "decoder"))):
-            raise LayoutError(f"config.hf_prune: {type(model).__name__} has no module {name!r}.")
-    if vars(base).get("_hf_prune_done"):  # the head comes after the base model
-        return
-    base._hf_prune_done = any(name in modules for name in entries)
-    for name, entry in entries.items():
-        if name not in modules:
-            continue
+    found: list[tuple[str, str, Any]] = []
+    views: dict[str, dict[str, Any]] = {}
+    for path, value in _numbers(layout).items():
+        name, _, attribute = path.rpartition(".")
+        owner, _, last = name.rpartition(".")
+        if last == "config" and name not in modules and owner in modules:
+            views.setdefault(owner, {})[attribute] = value
+        elif name in modules:
+            found.append((name, attribute, value))
+        else:
+            root = name.partition(".")[0]
+            if hasattr(base, root) or (whole and root not in ("encoder", "decoder")):
+                raise LayoutError(f"config.hf_prune: {type(model).__name__} has no module {name!r}.")
+    base._hf_prune_done = len(found) + sum(map(len, views.values())) == len(layout["numbers"])
+    for name, attribute, value in found:
         module = modules[name]
-        if "weight" in entry:
-            _slice(module, entry["weight"], name)
-        for attribute, value in entry.get("attributes", {}).items():
-            if attribute.startswith("_") or type(vars(module).get(attribute)) is not int:
-                raise LayoutError(f"config.hf_prune: {name} has no whole number {attribute!r}.")
-            setattr(module, attribute, _count(value, vars(module)[attribute], f"{name}.{attribute}"))
-        if "config" in entry:
-            values = entry["config"]
-            if not hasattr(module, "config"):
-                raise LayoutError(f"config.hf_prune: {name} has no config to change.")
-            if hasattr(module.config, "_own"):  # a ConfigView, of this module or of code that came with a checkpoint
-                continue
-            limits = {key: getattr(module.config, key, None) for key in values}
-            module.config = ConfigView(
-                module.config, {k: _count(v, limits[k], f"{name}.config.{k}") for k, v in values.items()}
-            )
+        dense = vars(module).get(attribute)
+        if attribute.startswith("_") or type(dense) is not int:
+            raise LayoutError(f"config.hf_prune: {name} has no whole number {attribute!r}.")
+        count = _count(value, dense, f"{name}.{attribute}")
+        if attribute in features.get(type(module), ()) and count < dense:
+            _slice(module, attribute, count)
+        setattr(module, attribute, count)
+    for name, values in views.items():
+        config = getattr(modules[name], "config", None)
+        if config is None:
+            raise LayoutError(f"config.hf_prune: {name} has no config.")
+        if not hasattr(config, "_own"):  # else it is a ConfigView, of this module or of code that came with a model
+            own = {key: _count(n, getattr(config, key, None), f"{name}.config.{key}") for key, n in values.items()}
+            modules[name].config = ConfigView(config, own)
 
 
 # Recording
@@ -167,45 +150,28 @@ def skeleton(model: "PreTrainedModel", config: "PreTrainedConfig") -> "PreTraine
         return type(model)(copy.deepcopy(config))
 
 
-def describe(model: "PreTrainedModel", dense: "PreTrainedModel") -> dict[str, dict[str, Any]]:
-    """The entries of a layout that turns `dense` into the shapes of `model`; empty if they are equal.
+def describe(model: "PreTrainedModel", dense: "PreTrainedModel") -> dict[str, int]:
+    """The numbers of a layout that turns `dense` into the shapes of `model`; empty if they are equal.
 
     Raises:
         LayoutError: They differ in more than a layout can hold.
     """
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-
-    entries: dict[str, dict[str, Any]] = {}
+    numbers: dict[str, int] = {}
     theirs = dict(dense.base_model.named_modules())
     for name, module in model.base_model.named_modules():
         if name not in theirs:
             raise LayoutError(f"{type(model).__name__} has a module {name!r} that its config does not build.")
-        other = theirs[name]
-        entry: dict[str, Any] = {}
-        mine = {key: tuple(p.shape) for key, p in module.named_parameters(recurse=False)}
-        if mine != {key: tuple(p.shape) for key, p in other.named_parameters(recurse=False)}:
-            if not isinstance(module, nn.Linear | Conv1D):
-                raise LayoutError(f"{name} ({type(module).__name__}) has other shapes than its config builds.")
-            entry["weight"] = list(mine["weight"])
-        attributes = _counters(module)
-        attributes = {key: n for key, n in attributes.items() if n != _counters(other).get(key)}
-        if attributes:
-            entry["attributes"] = attributes
+        other = vars(theirs[name])
+        differing = {k: n for k, n in vars(module).items() if type(n) is int and k[0] != "_" and other.get(k) != n}
+        shapes, before = ({k: p.shape for k, p in m.named_parameters(recurse=False)} for m in (module, theirs[name]))
+        if shapes != before and not {"in_features", "out_features", "nx", "nf"} & set(differing):
+            raise LayoutError(f"{name} ({type(module).__name__}) has other shapes than its config builds.")
+        numbers |= {f"{name}.{key}": n for key, n in differing.items()}
         view: Any = getattr(module, "config", None)
-        if hasattr(view, "_own"):
-            own = {key: getattr(view, key) for key in view._own}
-            if any(getattr(other.config, key) != n for key, n in own.items()):
-                entry["config"] = own
-        if entry:
-            entries[name] = entry
-    return entries
-
-
-def _counters(module: "nn.Module") -> dict[str, int]:
-    """The whole numbers that a module keeps, but for those that follow from its weight."""
-    derived = ("in_features", "out_features", "nx", "nf")
-    return {k: v for k, v in vars(module).items() if type(v) is int and not k.startswith("_") and k not in derived}
+        for key in getattr(view, "_own", ()):
+            if getattr(theirs[name].config, key) != getattr(view, key):
+                numbers[f"{name}.config.{key}"] = getattr(view, key)
+    return numbers
 
 
 def record(model: "PreTrainedModel", candidates: Sequence["PreTrainedConfig"]) -> "PreTrainedConfig":
@@ -222,14 +188,14 @@ def record(model: "PreTrainedModel", candidates: Sequence["PreTrainedConfig"]) -
         try:
             # Some configs check their numbers only when they are created, as they are when a checkpoint is loaded.
             type(config).from_dict(config.to_dict())
-            entries = describe(model, skeleton(model, config))
+            numbers = describe(model, skeleton(model, config))
         except (ValueError, LayoutError):
             if config is candidates[-1]:
                 raise
             continue
-        if not entries:
+        if not numbers:
             return config
-    config.hf_prune = {"version": 1, "modules": entries}
+    config.hf_prune = {"version": 1, "numbers": numbers}
     if left := describe(model, skeleton(model, config)):
         raise LayoutError(f"The layout of {type(model).__name__} does not rebuild {', '.join(left)}.")
     return config

@@ -87,7 +87,7 @@ def save_pretrained(
         logger.warning(
             "The model is masked but not shrunk: it is saved with all its parameters. shrink(model) cuts them."
         )
-    here = Path.cwd()  # perhaps the folder that is about to be replaced
+    here = _working_directory()  # perhaps the folder that is about to be replaced
     with _staging(target) as staging:
         if standalone:  # remote code skips the renaming of weights that some families need at load
             options.setdefault("save_original_format", False)
@@ -110,8 +110,15 @@ def save_pretrained(
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
-    if here.is_relative_to(target):
+    if here is not None and here.is_relative_to(target):
         os.chdir(here)
+
+
+def _working_directory() -> Path | None:
+    try:
+        return Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return None
 
 
 def _stock_save(model: PreTrainedModel, directory: str | os.PathLike[str], **options: Any) -> None:
