@@ -24,6 +24,7 @@ def read_batches(
     max_samples: int | None,
     batch_size: int,
     max_length: int | None,
+    labels: bool,
 ) -> list[Any]:
     """Read data once and keep them as batches. Arguments as in [`~hf_prune.Calibrator`].
 
@@ -36,7 +37,7 @@ def read_batches(
         raise CalibrationError(f"The calibration data are one {kind}: give a list of examples, a Dataset or a loader.")
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or _is_batch(next(iter(data), None)):
         return _whole_batches(data, max_samples)
-    reader = _Reader(model, processing_class, text_column, max_length)
+    reader = _Reader(model, processing_class, text_column, max_length, labels)
     return list(reader.batches(list(islice(iter(data), max_samples)), batch_size))
 
 
@@ -66,8 +67,14 @@ class _Reader:
     """Turns examples into padded batches of similar length."""
 
     def __init__(
-        self, model: PreTrainedModel, processing_class: Any, text_column: str | None, max_length: int | None
+        self,
+        model: PreTrainedModel,
+        processing_class: Any,
+        text_column: str | None,
+        max_length: int | None,
+        labels: bool,
     ) -> None:
+        self.labels = labels
         self.processing_class, self.text_column, self.main_input = processing_class, text_column, model.main_input_name
         tokens = (getattr(source, "pad_token_id", None) for source in (processing_class, model.config))
         self.pad_token: int = next((token for token in tokens if token is not None), 0)
@@ -90,7 +97,7 @@ class _Reader:
             text = example
             if isinstance(example, Mapping):
                 if self.main_input in example or not self._has_text(example):
-                    yield example
+                    yield {**example, **self._label(example)}
                     continue
                 text = self._text(example)
             if not isinstance(text, str):
@@ -102,10 +109,15 @@ class _Reader:
             item = self.processing_class(text, truncation=self.max_length is not None, max_length=self.max_length)
             unknown_words += bool(item["input_ids"]) and set(item["input_ids"]) <= special
             texts += 1
-            yield item
+            yield item if example is text else {**item, **self._label(example)}
         if texts and unknown_words == texts:
             # What AutoTokenizer makes of a folder without tokenizer files.
             raise CalibrationError("The tokenizer knows none of the words of the calibration data: is it the model's?")
+
+    def _label(self, example: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The label as models call it. Data sets say `label`, as the collators of transformers know too."""
+        names = [name for name in ("labels", "label") if example.get(name) is not None]
+        return {"labels": example[names[0]]} if self.labels and names else {}
 
     def _has_text(self, example: Mapping[str, Any]) -> bool:
         return self.text_column is not None or any(isinstance(value, str) for value in example.values())

@@ -94,6 +94,8 @@ class Calibrator:
         batch_size (`int`, *optional*, defaults to 32): Examples in a batch. Batches from a loader stay as they are.
         max_length (`int`, *optional*): Truncate text to this many tokens. Defaults to what the tokenizer and the model
             take.
+        labels (`bool`, *optional*, defaults to `False`): Keep the labels (column `labels`, or `label`) and require
+            them, for methods that look at the loss.
 
     Attributes:
         samples, tokens (`int`): Examples and real tokens in all, over all processes.
@@ -119,11 +121,12 @@ class Calibrator:
         max_samples: int | None = None,
         batch_size: int = 32,
         max_length: int | None = None,
+        labels: bool = False,
     ) -> None:
         for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        self.model = model
+        self.model, self.labels = model, labels
         self.units = prunable_units(model)
         self._accepted = set(inspect.signature(model.forward).parameters)
         batches = read_batches(
@@ -134,10 +137,12 @@ class Calibrator:
             max_samples=max_samples,
             batch_size=batch_size,
             max_length=max_length,
+            labels=labels,
         )
         batches = [self._usable(batch) for batch in batches]
         if not batches:
             raise CalibrationError("The calibration data are empty: give at least one example.")
+        self._check_decodable(batches[0])
         self._measure(batches)
         state = process_state()
         self._batches = batches[state.process_index :: state.num_processes]
@@ -233,9 +238,11 @@ class Calibrator:
             return mask.bool() if mask is not None and mask.dim() == 2 and "input_ids" in batch else None
         if "decoder_attention_mask" in batch:
             return batch["decoder_attention_mask"].bool()
-        if "labels" in batch and "decoder_input_ids" not in batch:
+        if self._decodes_labels(batch):
             return batch["labels"].ne(-100)
         name = "decoder_input_ids" if "decoder_input_ids" in batch else "input_ids"
+        if name == "input_ids" and "attention_mask" in batch:  # the decoder reads what the encoder reads
+            return batch["attention_mask"].bool()
         if name not in batch or self.model.config.pad_token_id is None:
             return None
         # The start token may be the padding token: real is what comes before the last token that is none.
@@ -264,14 +271,31 @@ class Calibrator:
                 f"{type(self.model).__name__} needs {main!r}, the calibration data have {sorted(map(str, batch))}. "
                 "Pass text with processing_class=tokenizer, or tokenised examples."
             )
-        if self.model.config.is_encoder_decoder and not {"decoder_input_ids", "decoder_inputs_embeds"} & set(usable):
-            if "labels" not in usable and any(spec.decoder for spec in self.units.stacks.values()):
-                raise CalibrationError(
-                    "An encoder-decoder needs 'labels' or 'decoder_input_ids' in the calibration data."
-                )
-        else:
-            usable.pop("labels", None)  # no statistic needs a loss
+        if self.labels and "labels" not in usable and not {"start_positions", "end_positions"} <= set(usable):
+            raise CalibrationError("The method needs labels: the calibration data have no column 'labels' or 'label'.")
+        if not self.labels and not self._decodes_labels(usable):
+            for name in ("labels", "start_positions", "end_positions"):
+                usable.pop(name, None)  # no statistic needs a loss
         return usable
+
+    def _decodes_labels(self, batch: Batch) -> bool:
+        """Whether a decoder is fed with the labels."""
+        given = {"decoder_input_ids", "decoder_inputs_embeds"} & set(batch)
+        decodes = any(spec.decoder for spec in self.units.stacks.values())
+        return decodes and not given and "labels" in batch and batch["labels"].dim() == 2
+
+    def _check_decodable(self, batch: Batch) -> None:
+        """Some encoder-decoders make do with the encoder's input (BART), others need their own: only they know."""
+        if not self.model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & set(batch):
+            return
+        first = {name: value[:1].to(self.model.device) for name, value in batch.items()}
+        try:
+            with self.evaluating():
+                self.forward(first)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CalibrationError(
+                "An encoder-decoder needs 'labels' or 'decoder_input_ids' in the calibration data."
+            ) from error
 
     def _measure(self, batches: Sequence[Batch]) -> None:
         digest = hashlib.sha256()

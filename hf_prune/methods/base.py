@@ -4,14 +4,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 from transformers import PreTrainedModel
 
 from ..calibration import Calibrator
 from ..costs import DEFAULT_LENGTH, CostTable
 from ..errors import ConfigError, unknown
+from ..gates import LayerCalls
 from ..masks import PruningMask
+from ..reconstruction import reconstruct
 from ..selection import Allocation, Selector, check_budget
 from ..units import Kind, PrunableUnits
 
@@ -105,6 +107,23 @@ class PruningConfig:
         return cls(**options)
 
 
+@dataclass(kw_only=True)
+class RecoverableConfig(PruningConfig):
+    """Options of methods that can end with a refit of the kept weights. See [`PruningConfig`] for the others.
+
+    Args:
+        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"none"`): How the kept output weights are
+            refitted to the dense model on the calibration data: exact least squares, one factor per unit, or not at
+            all. See [`~hf_prune.reconstruct`].
+    """
+
+    recover: Literal["lstsq", "scale", "none"] = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("recover", ("lstsq", "scale", "none"))
+
+
 C = TypeVar("C", bound=PruningConfig)
 
 
@@ -118,7 +137,8 @@ class Pruner(ABC, Generic[C]):
         name (`str`): Its name in configs, reports and on the command line.
         config_class (`type`): Its config.
         kinds (`tuple[str, ...]`): The kinds of units that it prunes.
-        needs_data (`bool`): It needs calibration data.
+        needs_data (`bool`): It needs calibration data, even without a refit.
+        needs_labels (`bool`): The data must have labels.
         paper ([`Paper`], *optional*): Its source.
         facts (`dict`): What a report shall say about a run beyond config and costs.
     """
@@ -127,6 +147,7 @@ class Pruner(ABC, Generic[C]):
     config_class: ClassVar[type[PruningConfig]]
     kinds: ClassVar[tuple[Kind, ...]] = ("heads", "neurons")
     needs_data: ClassVar[bool] = True
+    needs_labels: ClassVar[bool] = False
     paper: ClassVar[Paper | None] = None
 
     def __init__(self, config: C) -> None:
@@ -143,6 +164,20 @@ class Pruner(ABC, Generic[C]):
             units ([`PrunableUnits`]): Its units.
             calibrator ([`Calibrator`], *optional*): The data, `None` only where `needs_data` is `False`.
         """
+
+    def recover(
+        self,
+        model: PreTrainedModel,
+        units: PrunableUnits,
+        mask: PruningMask,
+        calibrator: Calibrator | None,
+        calls: list[dict[str, LayerCalls]] | None = None,
+    ) -> None:
+        """Refit the kept weights as the config says: the last step of [`~Pruner.prune`]."""
+        recover = getattr(self.config, "recover", "none")
+        if recover != "none":
+            assert calibrator is not None
+            reconstruct(model, units, mask, calibrator, recover, calls=calls)
 
     def cost_table(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> CostTable:
         """Costs at the lengths of the config, or else of the calibration data."""

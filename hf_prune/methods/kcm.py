@@ -14,13 +14,12 @@ from transformers import PreTrainedModel
 from ..calibration import Calibrator, Moments
 from ..errors import CalibrationError, ConfigError
 from ..masks import PruningMask
-from ..reconstruction import reconstruct
 from ..units import PrunableUnits, output_matrix, site
-from .base import Paper, Pruner, PruningConfig, register_pruner
+from .base import Paper, Pruner, RecoverableConfig, register_pruner
 
 
 @dataclass(kw_only=True)
-class KCMConfig(PruningConfig):
+class KCMConfig(RecoverableConfig):
     """Options of KCM. See [`PruningConfig`] for the others.
 
     Args:
@@ -55,7 +54,6 @@ class KCMConfig(PruningConfig):
         self.check_choice("score", ("r2d2", "r2", "d2"))
         self.check_choice("r2", ("density", "iterated"))
         self.check_choice("d2", ("mean_abs", "mean", "rms"))
-        self.check_choice("recover", ("lstsq", "scale", "none"))
         self.check_positive("alpha")
         if self.sigma != "median":
             self.check_positive("sigma")
@@ -138,8 +136,7 @@ class KCMPruner(Pruner[KCMConfig]):
         plain = selector.select(energy)
         self.facts["shared_with_norm_times_rms"] = round((mask & plain).kept("neurons") / mask.kept("neurons"), 4)
 
-        if config.recover != "none":
-            reconstruct(model, units, mask, calibrator, config.recover, calls=calls)
+        self.recover(model, units, mask, calibrator, calls)
         return mask
 
     def _score(self, vectors: torch.Tensor, moment: Moments, name: str) -> torch.Tensor:

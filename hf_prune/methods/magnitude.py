@@ -1,4 +1,4 @@
-"""Weight magnitude: keep the units whose output weights are largest. Needs no data."""
+"""Weight magnitude: keep the units whose output weights are largest."""
 
 from dataclasses import dataclass
 
@@ -8,12 +8,17 @@ from transformers import PreTrainedModel
 from ..calibration import Calibrator
 from ..masks import PruningMask
 from ..units import PrunableUnits, output_matrix, site
-from .base import Pruner, PruningConfig, register_pruner
+from .base import Pruner, RecoverableConfig, register_pruner
 
 
 @dataclass(kw_only=True)
-class MagnitudeConfig(PruningConfig):
-    """Structured magnitude pruning. See [`PruningConfig`] for the options."""
+class MagnitudeConfig(RecoverableConfig):
+    """Structured magnitude pruning. See [`PruningConfig`] for the other options.
+
+    Args:
+        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"none"`): How the kept output weights are
+            refitted to the dense model; anything but `"none"` needs calibration data.
+    """
 
 
 def output_energy(matrix: torch.Tensor, units: int) -> torch.Tensor:
@@ -32,4 +37,7 @@ class MagnitudePruner(Pruner[MagnitudeConfig]):
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         selector = self.selector(model, units, calibrator)
-        return selector.select({g.name: output_energy(output_matrix(site(model, g)), g.size) for g in selector.groups})
+        energies = {g.name: output_energy(output_matrix(site(model, g)), g.size) for g in selector.groups}
+        mask = selector.select(energies)
+        self.recover(model, units, mask, calibrator)
+        return mask
