@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .hub import save_pretrained as save_pretrained
     from .masks import PruningMask as PruningMask
     from .methods import (
+        FisherConfig as FisherConfig,
         KCMConfig as KCMConfig,
         MagnitudeConfig as MagnitudeConfig,
         Paper as Paper,
@@ -89,6 +90,7 @@ _MODULES = {
     "hub": ("save_pretrained",),
     "masks": ("PruningMask",),
     "methods": (
+        "FisherConfig",
         "KCMConfig",
         "MagnitudeConfig",
         "Paper",

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from .batches import Batch, read_batches
 from .errors import CalibrationError, ConfigError
-from .gates import LayerCalls, observe, record_calls
-from .units import base_model, prunable_units
+from .gates import LayerCalls, observe, record_calls, unit_masks
+from .units import UnitGroup, base_model, prunable_units
 
 
 def process_state() -> PartialState:
@@ -200,6 +200,46 @@ class Calibrator:
                     calls.append(recorded)
         self.reduce(statistics)
         return calls
+
+    def collect_gradients(
+        self,
+        groups: Sequence[UnitGroup],
+        statistics: Mapping[str, Statistic],
+        *,
+        per_sample: bool,
+        description: str = "gradients",
+    ) -> None:
+        """Feed statistics with the gradients of the loss by unit masks of ones, in one forward and backward pass.
+
+        Args:
+            groups (sequence of [`UnitGroup`]): Heads and neurons.
+            statistics (`dict[str, Statistic]`): By name of a group. They get rows of shape (n, units): one a batch, of
+                the mean loss of the batch; or, with `per_sample`, one an example, of its own loss.
+            per_sample (`bool`): See above.
+            description (`str`, *optional*): Of the progress bar.
+
+        Raises:
+            CalibrationError: The model returns no loss, or a gradient is NaN or infinite; the message names the site.
+        """
+        base, trained = base_model(self.model), [p for p in self.model.parameters() if p.requires_grad]
+        with self.evaluating():
+            try:
+                for parameter in trained:  # only the masks need gradients
+                    parameter.requires_grad_(False)
+                for _, batch in self.batches(description):
+                    samples = len(next(iter(batch.values())))
+                    with unit_masks(base, groups, samples) as masks, torch.enable_grad():
+                        loss = self.forward(batch).loss
+                        if loss is None:
+                            raise CalibrationError(f"{type(self.model).__name__} returns no loss for these labels.")
+                        gradients = torch.autograd.grad(loss, list(masks.values()))
+                    for name, gradient in zip(masks, gradients, strict=True):
+                        rows = gradient.double()
+                        statistics[name].update(rows * samples if per_sample else rows.sum(0, keepdim=True))
+            finally:
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+        self.reduce(statistics)
 
     def reduce(self, statistics: Mapping[str, Sums]) -> None:
         """Sum statistics over the processes, and check them.

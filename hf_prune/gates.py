@@ -167,6 +167,39 @@ def observe(
             handle.remove()
 
 
+@contextmanager
+def unit_masks(root: nn.Module, groups: Iterable[UnitGroup], samples: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the context, units are multiplied by masks of ones whose gradients a backward pass fills in.
+
+    Args:
+        root (`nn.Module`): The base model.
+        groups (iterable of [`UnitGroup`]): Heads and neurons.
+        samples (`int`): Examples in the batch.
+
+    Yields:
+        `dict[str, torch.Tensor]`: For each group its mask, of shape (samples, units): one row an example.
+    """
+    masks: dict[str, torch.Tensor] = {}
+    handles = []
+
+    def multiply(group: UnitGroup) -> Callable[..., Any]:
+        def call(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            x = args[0]
+            masks[group.name] = torch.ones(samples, group.size, dtype=x.dtype, device=x.device, requires_grad=True)
+            columns = masks[group.name].repeat_interleave(group.width, 1)[:, None]
+            return ((x.reshape(samples, -1, x.shape[-1]) * columns).reshape(x.shape), *args[1:])
+
+        return call
+
+    try:
+        for group in groups:
+            handles.append(root.get_submodule(group.name).register_forward_pre_hook(multiply(group)))
+        yield masks
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass
 class LayerCalls:
     """How the layers of one stack were called for one batch.

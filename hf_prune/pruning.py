@@ -96,8 +96,8 @@ def prune(
     elif pruner.needs_data or getattr(config, "recover", "none") != "none":
         kind = "labelled" if pruner.needs_labels else "unlabelled"
         raise CalibrationError(
-            f"{config.method} with these options needs calibration data: pass data=, {kind} examples like those of the "
-            "task."
+            f"{config.method} with these options needs calibration data: pass data=, {kind} examples like those of "
+            "the task."
         )
 
     mask = pruner.prune(model, units, calibrator)

@@ -131,13 +131,7 @@ class Selector:
         Raises:
             CalibrationError: A score is NaN or infinite.
         """
-        values = {}
-        for group in self.groups:
-            values[group.name] = scores[group.name].detach().to("cpu", torch.float64)
-            if not values[group.name].isfinite().all():
-                raise CalibrationError(
-                    f"The scores of {group.name} are not finite: check its weights and the calibration data."
-                )
+        values = self._values(scores)
         if self.allocation == "uniform":
             return self._mask(values, self._uniform_counts())
         # A budget that is met exactly must count as met, although sums in another order round to another last bit.
@@ -145,6 +139,67 @@ class Selector:
         if not self._fits(self.table.of(mask)):
             mask = self._mask(values, self._global_counts(values, slack=-1e-12))
         return mask
+
+    def search(self, scores: Mapping[str, torch.Tensor]) -> PruningMask:
+        """The mask with the largest sum of scores under the budget, if one kind is chosen after the other.
+
+        For every number of heads, best first, the neurons fill what is left of the budget, best first; the number with
+        the largest sum wins, the smallest of equals (Kwon et al. 2022, Algorithm 1). Scores are of whole units here,
+        not per cost.
+
+        Args:
+            scores (`dict[str, torch.Tensor]`): As in [`~Selector.select`].
+        """
+        if self.allocation == "uniform":
+            return self.select(scores)
+        values = self._values(scores)
+        blocks = self._blocks(values)
+        cost, _, left = self._room(blocks, 1e-12)
+        is_head = torch.tensor([group.kind == "heads" for group in self.groups])[blocks.group]
+        per_unit = blocks.score / blocks.count
+        chains = []
+        for of_kind in (is_head, ~is_head):
+            order = per_unit.sort(descending=True, stable=True).indices
+            chains.append(order[of_kind[order] & ~blocks.first[order]])
+        heads, neurons = chains
+        zero = torch.zeros(1, len(left), dtype=torch.float64)
+        head_costs = torch.cat([zero, cost[heads].cumsum(0)])
+        neuron_costs = torch.cat([zero, cost[neurons].cumsum(0)])
+        head_scores = torch.cat([zero[0, :1], blocks.score[heads].cumsum(0)])
+        neuron_scores = torch.cat([zero[0, :1], blocks.score[neurons].cumsum(0)])
+        # For each number of heads the largest number of neurons (blocks) that fits beside them, in every metric.
+        rest = left - head_costs
+        room = torch.searchsorted(neuron_costs.T.contiguous(), rest.T.contiguous(), right=True).amin(0) - 1
+        total = torch.where(room >= 0, head_scores + neuron_scores[room.clamp_min(0)], -math.inf)
+        best = int(total.argmax())
+        taken = blocks.first.clone()
+        taken[heads[:best]] = True
+        taken[neurons[: int(room[best])]] = True
+        return self._mask(values, self._counts(blocks, taken))
+
+    def _values(self, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        values = {}
+        for group in self.groups:
+            values[group.name] = scores[group.name].detach().to("cpu", torch.float64)
+            if not values[group.name].isfinite().all():
+                raise CalibrationError(f"The scores of {group.name} are not finite: check its weights and the data.")
+        return values
+
+    def _room(self, blocks: _Blocks, slack: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """In all metrics: the cost of each block, the limit, and what it leaves beside the first blocks."""
+        unit = torch.tensor(
+            [[self.table.unit[g.name][m] for m in self.limits] for g in self.groups], dtype=torch.float64
+        )
+        cost = unit[blocks.group] * blocks.count[:, None]
+        limit = torch.tensor(list(self.limits.values()), dtype=torch.float64)
+        dense = torch.tensor([self.dense[m] for m in self.limits], dtype=torch.float64)
+        return cost, limit, limit * (1 + slack) - (dense - cost[~blocks.first].sum(0))
+
+    def _counts(self, blocks: _Blocks, taken: torch.Tensor) -> dict[str, int]:
+        counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(
+            0, blocks.group[taken], blocks.count[taken]
+        )
+        return {group.name: int(n) for group, n in zip(self.groups, counts, strict=True)}
 
     def _mask(self, values: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> PruningMask:
         keep = {}
@@ -191,12 +246,7 @@ class Selector:
 
     def _global_counts(self, values: Mapping[str, torch.Tensor], slack: float) -> dict[str, int]:
         blocks = self._blocks(values)
-        metrics = list(self.limits)
-        unit = torch.tensor([[self.table.unit[g.name][m] for m in metrics] for g in self.groups], dtype=torch.float64)
-        cost = unit[blocks.group] * blocks.count[:, None]
-        limit = torch.tensor([self.limits[m] for m in metrics], dtype=torch.float64)
-        dense = torch.tensor([self.dense[m] for m in metrics], dtype=torch.float64)
-        left = limit * (1 + slack) - (dense - cost[~blocks.first].sum(0))
+        cost, limit, left = self._room(blocks, slack)
 
         density = blocks.score / (cost / limit).mean(1)
         order = density.masked_fill(blocks.first, -math.inf).sort(descending=True, stable=True).indices
@@ -213,10 +263,7 @@ class Selector:
             taken[best] = True
             left = left - cost[best]
             rest = rest[rest != best]
-        counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(
-            0, blocks.group[taken], blocks.count[taken]
-        )
-        return {group.name: int(n) for group, n in zip(self.groups, counts, strict=True)}
+        return self._counts(blocks, taken)
 
     def _blocks(self, values: Mapping[str, torch.Tensor]) -> _Blocks:
         group, count, score, first = [], [], [], []

@@ -1,11 +1,14 @@
 """One file per one-shot method: its config, its mathematics, its pruner. Importing this package registers them all."""
 
 from .base import Paper, Pruner, PruningConfig, get_pruner, known_pruners, register_pruner
+from .fisher import FisherConfig, FisherPruner
 from .kcm import KCMConfig, KCMPruner
 from .magnitude import MagnitudeConfig, MagnitudePruner
 from .random import RandomConfig, RandomPruner
 
 __all__ = [
+    "FisherConfig",
+    "FisherPruner",
     "KCMConfig",
     "KCMPruner",
     "MagnitudeConfig",

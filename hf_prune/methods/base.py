@@ -174,7 +174,7 @@ class Pruner(ABC, Generic[C]):
         calls: list[dict[str, LayerCalls]] | None = None,
     ) -> None:
         """Refit the kept weights as the config says: the last step of [`~Pruner.prune`]."""
-        recover = getattr(self.config, "recover", "none")
+        recover = self.config.recover if isinstance(self.config, RecoverableConfig) else "none"
         if recover != "none":
             assert calibrator is not None
             reconstruct(model, units, mask, calibrator, recover, calls=calls)
