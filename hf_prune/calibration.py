@@ -235,11 +235,22 @@ class Calibrator:
                         gradients = torch.autograd.grad(loss, list(masks.values()))
                     for name, gradient in zip(masks, gradients, strict=True):
                         rows = gradient.double()
-                        statistics[name].update(rows * samples if per_sample else rows.sum(0, keepdim=True))
+                        own = rows * self._batch_to_own_loss(batch)
+                        statistics[name].update(own if per_sample else rows.sum(0, keepdim=True))
             finally:
                 for parameter in trained:
                     parameter.requires_grad_(True)
         self.reduce(statistics)
+
+    def _batch_to_own_loss(self, batch: Batch) -> torch.Tensor:
+        """By how much a gradient of the mean loss of a batch grows for the loss of an example alone: (examples, 1)."""
+        labels = batch.get("labels")
+        if labels is None or labels.dim() < 2:
+            return torch.tensor(float(len(next(iter(batch.values())))))
+        if self.model.can_generate() and not self.model.config.is_encoder_decoder:
+            labels = labels[:, 1:]  # each token is predicted from those before it
+        tokens = labels.ne(-100).flatten(1).sum(1, keepdim=True).double()
+        return tokens.sum() / tokens.clamp_min(1)
 
     def reduce(self, statistics: Mapping[str, Sums]) -> None:
         """Sum statistics over the processes, and check them.

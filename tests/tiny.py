@@ -179,9 +179,9 @@ def tiny_model(name: str, auto: Any = None, seed: int = 1, **overrides: Any) -> 
 
 
 def tiny_batch(
-    name: str, size: int = 3, length: int = 9, seed: int = 0, padded: bool = False
+    name: str, size: int = 3, length: int = 9, seed: int = 0, padded: bool = False, labels: bool = False
 ) -> dict[str, torch.Tensor]:
-    """A batch for a model of a family; with `padded`, the rows have different lengths."""
+    """A batch for a model of a family; with `padded`, the rows have different lengths; with `labels`, for a loss."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(n: int) -> torch.Tensor:
@@ -189,15 +189,22 @@ def tiny_batch(
 
     family = name.partition("/")[0]
     if family == "vit":
-        return {"pixel_values": torch.randn(size, 3, 16, 16, generator=generator)}
-    if family == "whisper":
-        return {"input_features": torch.randn(size, 8, 20, generator=generator), "decoder_input_ids": ids(5)}
-    batch = {"input_ids": ids(length), "attention_mask": torch.ones(size, length, dtype=torch.long)}
-    if padded:
-        for row in range(1, size):
-            real = length - 2 * (row % 4)
-            batch["attention_mask"][row, real:] = 0
-            batch["input_ids"][row, real:] = 1 if family == "roberta" else 0
-    if name in SEQ2SEQ:
-        batch["decoder_input_ids"] = ids(5)
+        batch = {"pixel_values": torch.randn(size, 3, 16, 16, generator=generator)}
+    elif family == "whisper":
+        batch = {"input_features": torch.randn(size, 8, 20, generator=generator), "decoder_input_ids": ids(5)}
+    else:
+        batch = {"input_ids": ids(length), "attention_mask": torch.ones(size, length, dtype=torch.long)}
+        if padded:
+            for row in range(1, size):
+                real = length - 2 * (row % 4)
+                batch["attention_mask"][row, real:] = 0
+                batch["input_ids"][row, real:] = 1 if family == "roberta" else 0
+        if name in SEQ2SEQ:
+            batch["decoder_input_ids"] = ids(5)
+    if labels and name in SEQ2SEQ:
+        batch["labels"] = batch["decoder_input_ids"].roll(-1, 1)
+    elif labels and name in DECODERS:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    elif labels:
+        batch["labels"] = torch.arange(size) % 2
     return batch
