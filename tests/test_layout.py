@@ -80,9 +80,12 @@ class TestRecording:
         first, *rest = [group.name for group in units.of_kind("neurons")]
         half = torch.arange(64) < 32
         shrink(model, PruningMask({first: half}, units))
-        assert set(model.config.hf_prune["modules"]) == {
-            "encoder.layer.0.intermediate.dense",
-            "encoder.layer.0.output.dense",
+        assert model.config.hf_prune == {
+            "version": 1,
+            "numbers": {
+                "encoder.layer.0.intermediate.dense.out_features": 32,
+                "encoder.layer.0.output.dense.in_features": 32,
+            },
         }
         shrink(model, PruningMask(dict.fromkeys(rest, half), prunable_units(model)))
         assert not hasattr(model.config, "hf_prune")
@@ -104,7 +107,7 @@ class TestRecording:
 
     def test_names_are_relative_to_the_base_model(self):
         config = shrunk("bert").config
-        assert all(key.startswith("encoder.layer.") for key in config.hf_prune["modules"])
+        assert all(key.startswith("encoder.layer.") for key in config.hf_prune["numbers"])
         for cls in (T.BertModel, T.BertForMaskedLM, T.BertForQuestionAnswering, T.BertForPreTraining):
             model = rebuilt(config, cls)
             assert model.base_model.encoder.layer[0].intermediate.dense.out_features == 64 * 2 // 5
@@ -316,23 +319,18 @@ class TestEnabling:
 
 # Layouts that someone else wrote
 
-LINEAR, QUERY, SELF = (
-    "encoder.layer.0.intermediate.dense",
-    "encoder.layer.0.attention.self.query",
-    "encoder.layer.0.attention.self",
+LINEAR, SELF = "encoder.layer.0.intermediate.dense", "encoder.layer.0.attention.self"
+ROWS, COLUMNS, HEADS, VIEWED = (
+    f"{LINEAR}.out_features",
+    f"{LINEAR}.in_features",
+    f"{SELF}.num_attention_heads",
+    f"{SELF}.config.num_attention_heads",
 )
 
 
-def weight(value, name=LINEAR):
-    return {"version": 1, "modules": {name: {"weight": value}}}
-
-
-def attributes(value, name=SELF):
-    return {"version": 1, "modules": {name: {"attributes": value}}}
-
-
-def config(value, name=SELF):
-    return {"version": 1, "modules": {name: {"config": value}}}
+def number(key, value=1):
+    """A layout of one number."""
+    return {"version": 1, "numbers": {key: value}}
 
 
 # what is wrong -> (layout, what the message must name)
@@ -343,91 +341,92 @@ HOSTILE = {
     "false": (False, "hf_prune"),
     "zero": (0, "hf_prune"),
     "empty": ({}, "version"),
-    "no version": ({"modules": {}}, "version"),
-    "no modules": ({"version": 1}, "modules"),
-    "extra key": ({"version": 1, "modules": {}, "code": "x"}, "hf_prune"),
-    "later version": ({"version": 2, "modules": {}}, "version"),
-    "version as text": ({"version": "1", "modules": {}}, "version"),
-    "version true": ({"version": True, "modules": {}}, "version"),
-    "version as float": ({"version": 1.0, "modules": {}}, "version"),
-    "no number as version": ({"version": None, "modules": {}}, "version"),
-    "list as version": ({"version": [1], "modules": {}}, "version"),
-    "list of modules": ({"version": 1, "modules": [LINEAR]}, "modules"),
-    "modules missing": ({"version": 1, "modules": None}, "modules"),
-    "entry is a list": ({"version": 1, "modules": {LINEAR: [8, 32]}}, LINEAR),
-    "entry is nothing": ({"version": 1, "modules": {LINEAR: None}}, LINEAR),
-    "entry with another key": ({"version": 1, "modules": {LINEAR: {"bias": [8]}}}, LINEAR),
-    "three numbers": (weight([8, 32, 1]), LINEAR),
-    "one number": (weight([8]), LINEAR),
-    "no numbers": (weight([]), LINEAR),
-    "bare number": (weight(8), LINEAR),
-    "no weight": (weight(None), LINEAR),
-    "weight as text": (weight("ab"), LINEAR),
-    "weight as dict": (weight({"0": 8, "1": 32}), LINEAR),
-    "negative": (weight([-1, 32]), LINEAR),
-    "boolean": (weight([True, 32]), LINEAR),
-    "float": (weight([8.0, 32]), LINEAR),
-    "not a number": (weight([float("nan"), 32]), LINEAR),
-    "infinite": (weight([float("inf"), 32]), LINEAR),
-    "text numbers": (weight(["8", "32"]), LINEAR),
-    "nested": (weight([[8], 32]), LINEAR),
-    "nothing": (weight([None, 32]), LINEAR),
-    "one row more": (weight([65, 32]), LINEAR),
-    "one column more": (weight([64, 33]), LINEAR),
-    "huge": (weight([10**12, 32]), LINEAR),
-    "beyond 64 bits": (weight([64, 10**30]), LINEAR),
-    "unknown module": (weight([8, 32], "encoder.layer.0.nothing"), "encoder.layer.0.nothing"),
-    "unknown root": (weight([8, 32], "nothing.at.all"), "nothing.at.all"),
-    "layer that is not there": (weight([8, 32], "encoder.layer.3.output.dense"), "encoder.layer.3.output.dense"),
-    "negative layer": (weight([8, 32], "encoder.layer.-1.output.dense"), "encoder.layer.-1.output.dense"),
-    "name with the base": (weight([8, 32], f"bert.{LINEAR}"), f"bert.{LINEAR}"),
-    "path": (weight([8, 32], "../x"), "../x"),
-    "absolute path": (weight([8, 32], "/etc/passwd"), "/etc/passwd"),
-    "dunder": (weight([8, 32], "__class__"), "__class__"),
-    "method": (weight([8, 32], "forward"), "forward"),
-    "weight of the whole model": (weight([8, 32], ""), "Linear"),
-    "norm": (weight([8, 32], "encoder.layer.0.output.LayerNorm"), "encoder.layer.0.output.LayerNorm"),
-    "embedding": (weight([8, 32], "embeddings.word_embeddings"), "embeddings.word_embeddings"),
-    "dropout": (weight([0, 0], "encoder.layer.0.output.dropout"), "encoder.layer.0.output.dropout"),
-    "layer": (weight([0, 0], "encoder.layer.0"), "encoder.layer.0"),
-    "parameter": (weight([8, 32], f"{LINEAR}.weight"), f"{LINEAR}.weight"),
-    "attributes is a list": (attributes([1]), SELF),
-    "attributes is an empty list": (attributes([]), SELF),
-    "attributes is text": (attributes("ab"), SELF),
-    "attributes is a number": (attributes(3), SELF),
-    "attributes is nothing": (attributes(None), SELF),
-    "attributes is pairs": (attributes([["num_attention_heads", 2]]), SELF),
-    "unknown attribute": (attributes({"no_such": 1}), "no_such"),
-    "private attribute": (attributes({"_version": 1}), "_version"),
-    "dunder attribute": (attributes({"__class__": 1}), "__class__"),
-    "method as attribute": (attributes({"forward": 1}), "forward"),
-    "boolean attribute": (attributes({"training": 1}), "training"),
-    "module as attribute": (attributes({"query": 1}), "query"),
-    "class attribute": (attributes({"call_super_init": 0}), "call_super_init"),
-    "weight as attribute": (attributes({"weight": 1}, LINEAR), "weight"),
-    "dotted attribute": (attributes({"query.in_features": 1}), "query.in_features"),
-    "attribute of text": (attributes({"num_attention_heads": "2"}), "num_attention_heads"),
-    "attribute of float": (attributes({"num_attention_heads": 2.0}), "num_attention_heads"),
-    "attribute true": (attributes({"num_attention_heads": True}), "num_attention_heads"),
-    "attribute of nothing": (attributes({"num_attention_heads": None}), "num_attention_heads"),
-    "attribute of list": (attributes({"num_attention_heads": [2]}), "num_attention_heads"),
-    "negative attribute": (attributes({"num_attention_heads": -2}), "num_attention_heads"),
-    "huge attribute": (attributes({"num_attention_heads": 10**12}), "num_attention_heads"),
-    "larger attribute": (attributes({"num_attention_heads": 5}), "num_attention_heads"),
-    "config is a list": (config([1]), SELF),
-    "config is text": (config("ab"), SELF),
-    "config is a number": (config(3), SELF),
-    "config is nothing": (config(None), SELF),
-    "config of a module without one": (config({"num_attention_heads": 2}, LINEAR), LINEAR),
-    "unknown config entry": (config({"no_such": 1}), "no_such"),
-    "private config entry": (config({"_attn_implementation": 1}), "_attn_implementation"),
-    "method of the config": (config({"to_dict": 1}), "to_dict"),
-    "boolean config entry": (config({"is_decoder": 1}), "is_decoder"),
-    "config entry of text": (config({"num_attention_heads": "2"}), "num_attention_heads"),
-    "config entry true": (config({"num_attention_heads": True}), "num_attention_heads"),
-    "negative config entry": (config({"num_attention_heads": -1}), "num_attention_heads"),
-    "larger config entry": (config({"num_attention_heads": 5}), "num_attention_heads"),
-    "huge config entry": (config({"vocab_size": 10**12}), "vocab_size"),
+    "no version": ({"numbers": {}}, "version"),
+    "no numbers": ({"version": 1}, "numbers"),
+    "extra key": ({"version": 1, "numbers": {}, "code": "x"}, "hf_prune"),
+    "another key": ({"version": 1, "modules": {LINEAR: {"weight": [8, 32]}}}, "numbers"),
+    "later version": ({"version": 2, "numbers": {}}, "version is 2"),
+    "version as text": ({"version": "1", "numbers": {}}, "version is '1'"),
+    "version true": ({"version": True, "numbers": {}}, "version is True"),
+    "version as float": ({"version": 1.0, "numbers": {}}, "version is 1.0"),
+    "no number as version": ({"version": None, "numbers": {}}, "version is None"),
+    "list as version": ({"version": [1], "numbers": {}}, "version is [1]"),
+    "list of numbers": ({"version": 1, "numbers": [ROWS]}, "numbers"),
+    "numbers as pairs": ({"version": 1, "numbers": [[ROWS, 8]]}, "numbers"),
+    "numbers as text": ({"version": 1, "numbers": "ab"}, "numbers"),
+    "numbers is a number": ({"version": 1, "numbers": 3}, "numbers"),
+    "numbers is nothing": ({"version": 1, "numbers": None}, "numbers"),
+    "entry of a module": (number(LINEAR, {"out_features": 8}), "dense"),
+    "one row more": (number(ROWS, 65), ROWS),
+    "one column more": (number(COLUMNS, 33), COLUMNS),
+    "one input more": (number("encoder.layer.0.output.dense.in_features", 65), "output.dense.in_features"),
+    "one head more": (number(HEADS, 5), HEADS),
+    "one head more in the config": (number(VIEWED, 5), VIEWED),
+    "huge vocabulary": (number(f"{SELF}.config.vocab_size", 10**12), f"{SELF}.config.vocab_size"),
+    "empty name": (number(""), "''"),
+    "dot": (number("."), "''"),
+    "dots": (number("..."), "'..'"),
+    "unknown module": (number("encoder.layer.0.nothing.in_features"), "encoder.layer.0.nothing"),
+    "unknown root": (number("nothing.at.all.in_features"), "nothing.at.all"),
+    "layer that is not there": (number("encoder.layer.3.output.dense.in_features"), "encoder.layer.3.output.dense"),
+    "negative layer": (number("encoder.layer.-1.output.dense.in_features"), "encoder.layer.-1.output.dense"),
+    "name with the base": (number(f"bert.{ROWS}"), f"bert.{LINEAR}"),
+    "path": (number("../x.in_features"), "../x"),
+    "absolute path": (number("/etc/passwd"), "/etc/passwd"),
+    "absolute path of a module": (number("/etc/passwd.in_features"), "/etc/passwd"),
+    "dunder": (number("__class__"), "__class__"),
+    "dunder of a module": (number("__class__.in_features"), "__class__"),
+    "method": (number("forward"), "forward"),
+    "method of a module": (number("forward.in_features"), "forward"),
+    "features of the whole model": (number("in_features"), "in_features"),
+    "norm": (number("encoder.layer.0.output.LayerNorm.in_features"), "encoder.layer.0.output.LayerNorm"),
+    "shape of a norm": (number("encoder.layer.0.output.LayerNorm.normalized_shape"), "normalized_shape"),
+    "embedding": (number("embeddings.word_embeddings.in_features"), "embeddings.word_embeddings"),
+    "larger embedding": (number("embeddings.word_embeddings.num_embeddings", 10**12), "num_embeddings"),
+    "dropout": (number("encoder.layer.0.output.dropout.in_features", 0), "encoder.layer.0.output.dropout"),
+    "layer": (number("encoder.layer.0.in_features", 0), "encoder.layer.0"),
+    "parameter": (number(f"{LINEAR}.weight.in_features"), f"{LINEAR}.weight"),
+    "features of another kind": (number(f"{LINEAR}.nf"), "nf"),
+    "unknown attribute": (number(f"{SELF}.no_such"), "no_such"),
+    "empty attribute": (number(f"{SELF}."), SELF),
+    "private attribute": (number(f"{SELF}._version"), "_version"),
+    "dunder attribute": (number(f"{SELF}.__class__"), "__class__"),
+    "method as attribute": (number(f"{SELF}.forward"), "forward"),
+    "boolean attribute": (number(f"{SELF}.training"), "whole number 'training'"),
+    "module as attribute": (number(f"{SELF}.query"), "query"),
+    "class attribute": (number(f"{SELF}.call_super_init", 0), "call_super_init"),
+    "weight as attribute": (number(f"{LINEAR}.weight"), "weight"),
+    "config as attribute": (number(f"{SELF}.config"), "config"),
+    "dotted attribute": (number(f"{SELF}.query.weight.ndim"), f"{SELF}.query.weight"),
+    "config of a module without one": (number(f"{LINEAR}.config.num_attention_heads", 2), f"{LINEAR} has no config"),
+    "unknown config entry": (number(f"{SELF}.config.no_such"), "no_such"),
+    "empty config entry": (number(f"{SELF}.config."), f"{SELF}.config."),
+    "private config entry": (number(f"{SELF}.config._attn_implementation"), "_attn_implementation"),
+    "dunder config entry": (number(f"{SELF}.config.__dict__"), "__dict__"),
+    "method of the config": (number(f"{SELF}.config.to_dict"), "to_dict"),
+    "boolean config entry": (number(f"{SELF}.config.is_decoder"), "is_decoder"),
+    "dotted config entry": (number(f"{SELF}.config.id2label.x"), f"{SELF}.config.id2label"),
+    "layout of the config": (number(f"{SELF}.config.hf_prune"), f"{SELF}.config.hf_prune"),
+}
+# The same wrong values for each kind of number: features, an attribute, an entry of the config
+VALUES = {
+    "negative": -1,
+    "true": True,
+    "false": False,
+    "float": 2.0,
+    "not a number": float("nan"),
+    "infinite": float("inf"),
+    "text": "2",
+    "nothing": None,
+    "list": [2],
+    "dict": {"0": 2},
+    "huge": 10**12,
+    "beyond 64 bits": 10**30,
+}
+HOSTILE |= {
+    f"{what} as {kind}": (number(key, value), f"{key} is {value!r}")
+    for kind, key in {"rows": ROWS, "columns": COLUMNS, "attribute": HEADS, "config entry": VIEWED}.items()
+    for what, value in VALUES.items()
 }
 
 
@@ -448,7 +447,7 @@ class TestHostile:
         assert named in str(refusal.value)
 
     @pytest.mark.parametrize(
-        "what", ["list", "huge", "unknown module", "norm", "attributes is a list", "config is text"]
+        "what", ["list", "huge as rows", "unknown module", "norm", "text as attribute", "huge vocabulary"]
     )
     def test_loading_refuses_before_it_allocates(self, what, tmp_path):
         hf_prune, named = HOSTILE[what]
@@ -462,36 +461,35 @@ class TestHostile:
     def test_a_layout_of_other_weights_fails_loudly(self, tmp_path):
         tiny_model("bert").save_pretrained(tmp_path)
         found = json.loads((tmp_path / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps({**found, "hf_prune": weight([8, 32])}))
+        (tmp_path / "config.json").write_text(json.dumps({**found, "hf_prune": number(ROWS, 8)}))
         with pytest.raises(RuntimeError, match="mismatch"):
             T.AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
     def test_one_bad_entry_among_good_ones_is_found(self):
         good = shrunk("bert", drop=False).config.hf_prune
         bad = copy.deepcopy(good)
-        bad["modules"]["encoder.layer.2.output.dense"]["weight"][1] = 10**12
+        bad["numbers"]["encoder.layer.2.output.dense.in_features"] = 10**12
         rebuilt(stranger(good), T.BertForSequenceClassification)
-        with pytest.raises(LayoutError, match="encoder.layer.2.output.dense"):
+        with pytest.raises(LayoutError, match="encoder.layer.2.output.dense.in_features"):
             rebuilt(stranger(bad), T.BertForSequenceClassification)
 
-    def test_a_tied_weight_is_not_for_sale(self):
+    @pytest.mark.parametrize("key", ["lm_head.in_features", "lm_head.out_features", "shared.num_embeddings"])
+    def test_a_tied_weight_is_not_for_sale(self, key):
         """The base of T5 is the whole model: its head, tied to the embeddings, is within reach of a name."""
         dense = rebuilt(stranger(None, "t5"), T.T5ForConditionalGeneration)
         try:
-            model = rebuilt(stranger(weight([8, 32], "lm_head"), "t5"), T.T5ForConditionalGeneration)
+            model = rebuilt(stranger(number(key, 8), "t5"), T.T5ForConditionalGeneration)
         except LayoutError:
             return
         assert all(p.numel() <= dense.get_parameter(name).numel() for name, p in model.named_parameters())
 
     def test_nothing_at_all_is_a_layout(self):
-        model = rebuilt(stranger({"version": 1, "modules": {}}), T.BertForSequenceClassification)
-        assert shapes(model) == shapes(tiny_model("bert"))
-        model = rebuilt(stranger({"version": 1, "modules": {LINEAR: {}}}), T.BertForSequenceClassification)
+        model = rebuilt(stranger({"version": 1, "numbers": {}}), T.BertForSequenceClassification)
         assert shapes(model) == shapes(tiny_model("bert"))
 
     def test_an_error_patches_nothing_for_good(self):
         with pytest.raises(LayoutError):
-            rebuilt(stranger(weight([8])), T.BertForSequenceClassification)
+            rebuilt(stranger(number(ROWS, 65)), T.BertForSequenceClassification)
         assert shapes(tiny_model("bert")) == shapes(tiny_model("bert"))
         assert shapes(rebuilt(shrunk("bert").config, T.BertForSequenceClassification)) == shapes(shrunk("bert"))
 
@@ -502,35 +500,32 @@ _SCALARS = (
     | st.integers(-3, 70)
     | st.integers()
     | st.floats()
-    | st.sampled_from(["", "weight", LINEAR, "../x", "__class__"])
+    | st.sampled_from(["", "in_features", LINEAR, "../x", "__class__"])
 )
 _JSON = st.recursive(
     _SCALARS,
     lambda inner: (
         st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["version", "modules", "weight", "attributes", "config", "x"]), inner, max_size=3
-        )
+        | st.dictionaries(st.sampled_from(["version", "numbers", ROWS, VIEWED, "x"]), inner, max_size=3)
     ),
     max_leaves=8,
 )
-_NAMES = st.sampled_from(sorted(dict(rebuilt(FAMILIES["bert"][0], T.BertModel).named_modules())) + ["x", "encoder.x"])
-_KEYS = st.sampled_from(
-    ["num_attention_heads", "all_head_size", "in_features", "training", "hidden_size", "_x", "query"]
+_MODULES = dict(rebuilt(FAMILIES["bert"][0], T.BertModel).named_modules())
+_ATTRIBUTES = ["num_attention_heads", "all_head_size", "in_features", "out_features", "training", "hidden_size"]
+_PATHS = st.tuples(
+    st.sampled_from([*sorted(_MODULES), "x", "encoder.x"]),
+    st.sampled_from(["", "config", "weight"]),
+    st.sampled_from([*_ATTRIBUTES, "_x", "query", ""]),
+).map(lambda parts: ".".join(filter(None, parts)))
+# What the modules do have: garbage is rarely that lucky
+_OWN = st.sampled_from(
+    [f"{name}.{key}" for name, module in _MODULES.items() for key, n in vars(module).items() if type(n) is int]
+    + [VIEWED, f"{SELF}.config.hidden_size"]
 )
-_NUMBERS = st.integers(-1, 70) | _SCALARS
-_ENTRY = (
-    st.fixed_dictionaries(
-        {},
-        optional={
-            "weight": st.lists(_NUMBERS, min_size=2, max_size=2) | _JSON,
-            "attributes": st.dictionaries(_KEYS, _NUMBERS, max_size=2) | _JSON,
-            "config": st.dictionaries(_KEYS, _NUMBERS, max_size=2) | _JSON,
-        },
-    )
-    | _JSON
-)
-_LAYOUT = st.fixed_dictionaries({"version": st.just(1), "modules": st.dictionaries(_NAMES, _ENTRY, max_size=3)})
+_LUCKY = st.dictionaries(_OWN, st.integers(0, 33), min_size=1, max_size=3)
+_NUMBERS = st.integers(-1, 70) | _SCALARS | _JSON
+_GARBAGE = st.dictionaries(_OWN | _PATHS | st.text(max_size=5), _NUMBERS, max_size=3) | _JSON
+_LAYOUT = st.fixed_dictionaries({"version": st.just(1), "numbers": _LUCKY | _GARBAGE})
 
 
 @settings(
@@ -550,11 +545,17 @@ def test_any_garbage_is_refused_or_makes_the_model_smaller(hf_prune):
         assert all(mine <= theirs for mine, theirs in zip(shape, dense[name], strict=True))
 
 
-def test_what_is_cut_is_linear_or_conv1d():
-    for name in SOME:
-        model = shrunk(name)
-        modules = dict(model.base_model.named_modules())
-        for key, entry in model.config.hf_prune["modules"].items():
-            if "weight" in entry:
-                assert isinstance(modules[key], torch.nn.Linear | Conv1D)
-                assert entry["weight"] == list(modules[key].weight.shape)
+@pytest.mark.parametrize("name", SOME)
+def test_what_is_cut_is_linear_or_conv1d(name):
+    model = shrunk(name)
+    modules, kinds = dict(model.base_model.named_modules()), set()
+    for path, value in model.config.hf_prune["numbers"].items():
+        key, _, attribute = path.rpartition(".")
+        if attribute in ("in_features", "out_features", "nx", "nf"):
+            module = modules[key]
+            kinds.add(type(module))
+            assert type(module) is (Conv1D if attribute in ("nx", "nf") else torch.nn.Linear)
+            assert value == getattr(module, attribute)
+            assert value == module.weight.shape[attribute in ("in_features", "nf")]
+            assert attribute not in ("out_features", "nf") or module.bias is None or module.bias.shape == (value,)
+    assert kinds
