@@ -106,7 +106,8 @@ def apply_layout(model: Any) -> None:
     modules = dict(base.named_modules())
     # A stack of a larger model (BartEncoder) is built before it, and knows none of the names: its turn comes with the
     # whole. An encoder-only class of an encoder-decoder knows some. The class that was saved knows all.
-    whole = type(model).__name__ in (getattr(model.config, "architectures", None) or ())
+    architectures = getattr(model.config, "architectures", None)
+    whole = isinstance(architectures, list | tuple) and type(model).__name__ in architectures
     found: list[tuple[str, str, Any]] = []
     views: dict[str, dict[str, Any]] = {}
     for path, value in _numbers(layout).items():
