@@ -1,6 +1,6 @@
-"""Accuracy and cost of KCM on SST-2, beside plain forward passes over the same sentences.
+"""Accuracy and cost of the one-shot methods on SST-2, beside plain forward passes over the same sentences.
 
-    python benchmarks/kcm.py --model MODEL --train train.tsv.gz --dev dev.tsv
+    python benchmarks/one_shot.py --model MODEL --train train.tsv.gz --dev dev.tsv --methods kcm:lstsq fisher:lstsq
 
 MODEL is a sequence classifier fine-tuned on SST-2; the files have the columns `sentence` and `label`. A plain pass
 takes the sentences in batches of 32 in the order of the data, padded per batch, on one thread, timed just before each
@@ -24,8 +24,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", required=True)
     parser.add_argument("--dev", required=True)
+    parser.add_argument("--methods", nargs="+", default=["kcm:lstsq", "fisher:lstsq"], metavar="METHOD:RECOVER")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4])
-    parser.add_argument("--recover", nargs="+", default=["lstsq", "scale", "none"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--sequence-length", type=float, default=25.16)
@@ -47,27 +47,26 @@ def main() -> None:
         return 100 * (logits(model, dev.sentence.tolist()).argmax(-1).numpy() == dev.label.to_numpy()).mean()
 
     print(f"dense: {accuracy(dense):.2f} % on {len(dev)} sentences")
-    print("| MACs kept | recover | accuracy, mean ± sd | seconds | plain passes |\n|---|---|---|---|---|")
-    for macs in args.macs:
-        for recover in args.recover:
-            scores, seconds, passes = [], [], []
-            for seed in args.seeds:
-                texts = train.sentence.sample(args.samples, random_state=seed).tolist()
-                started = time.perf_counter()
-                logits(dense, texts)
-                plain, model = time.perf_counter() - started, copy.deepcopy(dense)
-                config = hf_prune.KCMConfig(
-                    budget={"macs": macs}, recover=recover, sequence_length=args.sequence_length
-                )
-                started = time.perf_counter()
-                hf_prune.prune(model, config, texts, processing_class=tokenizer)
-                seconds.append(time.perf_counter() - started)
-                passes.append(seconds[-1] / plain)
-                scores.append(accuracy(hf_prune.shrink(model)))
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            cells = [macs, recover, f"{statistics.mean(scores):.2f} ± {spread:.2f}"]
-            cells += [f"{statistics.mean(seconds):.1f}", f"{statistics.mean(passes):.2f}"]
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print("| method | recover | MACs kept | accuracy, mean ± sd | seconds | plain passes |\n|---|---|---|---|---|---|")
+    for method, macs in ((method, macs) for method in args.methods for macs in args.macs):
+        name, _, recover = method.partition(":")
+        options = {"method": name, "recover": recover, "budget": {"macs": macs}}
+        config = hf_prune.PruningConfig.from_dict({**options, "sequence_length": args.sequence_length})
+        scores, seconds, passes = [], [], []
+        for seed in args.seeds:
+            sample = train.sample(args.samples, random_state=seed)
+            started = time.perf_counter()
+            logits(dense, sample.sentence.tolist())
+            plain, model = time.perf_counter() - started, copy.deepcopy(dense)
+            started = time.perf_counter()
+            hf_prune.prune(model, config, sample.to_dict("records"), processing_class=tokenizer)
+            seconds.append(time.perf_counter() - started)
+            passes.append(seconds[-1] / plain)
+            scores.append(accuracy(hf_prune.shrink(model)))
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        cells = [name, recover, macs, f"{statistics.mean(scores):.2f} ± {spread:.2f}"]
+        cells += [f"{statistics.mean(seconds):.1f}", f"{statistics.mean(passes):.2f}"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 if __name__ == "__main__":
