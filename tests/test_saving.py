@@ -413,7 +413,7 @@ class TestCrash:
         assert snapshot(tmp_path) == {"file": b"mine"}
 
     def test_the_parent_is_read_only(self, tmp_path, new, monkeypatch):
-        monkeypatch.setattr(saving.tempfile, "mkdtemp", raising(PermissionError(errno.EACCES, "Permission denied")))
+        monkeypatch.setattr(Path, "mkdir", raising(PermissionError(errno.EACCES, "Permission denied")))
         with pytest.raises(SaveError, match="Permission denied"):
             save_pretrained(new, tmp_path / "out")
         assert list(tmp_path.iterdir()) == []
@@ -856,3 +856,12 @@ class TestStandalone:
                 T.AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True)
         finally:
             layout.enable()
+
+
+def test_mixed_dtypes_are_told_apart_from_other_mismatches(tmp_path):
+    model = tiny_model("bert").to(torch.bfloat16)
+    model.bert.encoder.layer[0].output.LayerNorm.float()
+    model.bert.encoder.layer[0].output.LayerNorm.weight.data += 1e-4  # what bfloat16 can't hold
+    with pytest.raises(SaveError, match="layer.0.output.LayerNorm.* is torch.float32 in memory and torch.bfloat16"):
+        save_pretrained(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

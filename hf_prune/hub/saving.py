@@ -7,9 +7,9 @@ and only then put in the target's place: a crash at any moment leaves the old fo
 import ctypes
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -102,7 +102,7 @@ def save_pretrained(
             add_standalone_code(model, staging)
         for file in staging.iterdir():  # safetensors makes files that only their owner can read
             if file.is_file():
-                file.chmod(0o666 & ~_umask())
+                file.chmod(staging.stat().st_mode & 0o666)
         if target.exists():
             _link_others(target, staging, options.get("variant"))
         _verify(model, state, staging, standalone, options.get("variant"))
@@ -156,6 +156,11 @@ def _verify(
         raise SaveError(f"The saved {name} does not load again, nothing was replaced: {error}") from error
     loaded = again.state_dict()
     for key in state.keys() | loaded.keys():
+        if key in loaded and key in state and state[key].dtype not in (loaded[key].dtype, model.dtype):
+            raise SaveError(
+                f"{key} is {state[key].dtype} in memory and {loaded[key].dtype} when it is reloaded, nothing was "
+                "replaced: transformers loads a checkpoint in one dtype. Cast the model first: model.to(dtype)."
+            )
         if key not in loaded or key not in state or not _same(state[key], loaded[key]):
             raise SaveError(
                 f"The saved {name} reloads with another {key!r}, nothing was replaced. Please report this family."
@@ -233,11 +238,13 @@ def _staging(target: Path) -> Iterator[Path]:
     """A folder beside the target that takes its place when the context ends well, and vanishes when it does not."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        staging.mkdir()
     except OSError as error:
         raise SaveError(f"Can't write beside {target}: {error.strerror or error}. Choose another folder.") from error
     try:
-        os.chmod(staging, target.stat().st_mode & 0o777 if target.exists() else 0o777 & ~_umask())
+        if target.exists():
+            staging.chmod(target.stat().st_mode & 0o777)
         yield staging
         _replace(staging, target)
     except (OSError, SafetensorError) as error:
@@ -246,12 +253,6 @@ def _staging(target: Path) -> Iterator[Path]:
         raise SaveError(f"Could not save to {target}, which is as it was: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 _OF_A_MODEL = (
