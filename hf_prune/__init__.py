@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         Pruner as Pruner,
         PruningConfig as PruningConfig,
         RandomConfig as RandomConfig,
+        RecoverableConfig as RecoverableConfig,
         known_pruners as known_pruners,
         register_pruner as register_pruner,
     )
@@ -97,6 +98,7 @@ _MODULES = {
         "Pruner",
         "PruningConfig",
         "RandomConfig",
+        "RecoverableConfig",
         "known_pruners",
         "register_pruner",
     ),

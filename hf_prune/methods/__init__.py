@@ -1,6 +1,6 @@
 """One file per one-shot method: its config, its mathematics, its pruner. Importing this package registers them all."""
 
-from .base import Paper, Pruner, PruningConfig, get_pruner, known_pruners, register_pruner
+from .base import Paper, Pruner, PruningConfig, RecoverableConfig, get_pruner, known_pruners, register_pruner
 from .fisher import FisherConfig, FisherPruner
 from .kcm import KCMConfig, KCMPruner
 from .magnitude import MagnitudeConfig, MagnitudePruner
@@ -18,6 +18,7 @@ __all__ = [
     "PruningConfig",
     "RandomConfig",
     "RandomPruner",
+    "RecoverableConfig",
     "get_pruner",
     "known_pruners",
     "register_pruner",
