@@ -3,7 +3,7 @@
 import copy
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
 
     Raises:
         ConfigError: The budget is empty, names an unknown metric, is out of range, or above the cost of the dense
-        model.
+            model.
     """
     check_budget(budget)
     limits: dict[Metric, float] = {}
@@ -134,11 +134,16 @@ class Selector:
         values = self._values(scores)
         if self.allocation == "uniform":
             return self._mask(values, self._uniform_counts())
+        return self._fitting(values, self._global_counts)
+
+    def _fitting(
+        self,
+        values: Mapping[str, torch.Tensor],
+        count: Callable[[Mapping[str, torch.Tensor], float], dict[str, int]],
+    ) -> PruningMask:
         # A budget that is met exactly must count as met, although sums in another order round to another last bit.
-        mask = self._mask(values, self._global_counts(values, slack=1e-12))
-        if not self._fits(self.table.of(mask)):
-            mask = self._mask(values, self._global_counts(values, slack=-1e-12))
-        return mask
+        mask = self._mask(values, count(values, 1e-12))
+        return mask if self._fits(self.table.of(mask)) else self._mask(values, count(values, -1e-12))
 
     def search(self, scores: Mapping[str, torch.Tensor]) -> PruningMask:
         """The mask with the largest sum of scores under the budget, if one kind is chosen after the other.
@@ -152,9 +157,11 @@ class Selector:
         """
         if self.allocation == "uniform":
             return self.select(scores)
-        values = self._values(scores)
+        return self._fitting(self._values(scores), self._searched_counts)
+
+    def _searched_counts(self, values: Mapping[str, torch.Tensor], slack: float) -> dict[str, int]:
         blocks = self._blocks(values)
-        cost, _, left = self._room(blocks, 1e-12)
+        cost, _, left = self._room(blocks, slack)
         is_head = torch.tensor([group.kind == "heads" for group in self.groups])[blocks.group]
         per_unit = blocks.score / blocks.count
         chains = []
@@ -175,7 +182,7 @@ class Selector:
         taken = blocks.first.clone()
         taken[heads[:best]] = True
         taken[neurons[: int(room[best])]] = True
-        return self._mask(values, self._counts(blocks, taken))
+        return self._counts(blocks, taken)
 
     def _values(self, scores: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         values = {}
@@ -226,8 +233,6 @@ class Selector:
         return all(costs[metric] <= limit for metric, limit in self.limits.items())
 
     def _check_floor(self, least: Costs) -> None:
-        if self._fits(least):
-            return
         for metric, limit in self.limits.items():
             if least[metric] > limit:
                 ratio = math.ceil(least[metric] / self.dense[metric] * 1e4) / 1e4
@@ -238,9 +243,6 @@ class Selector:
                     f"met by pruning {what} ({self.allocation} allocation, n = {lengths} tokens): the least is "
                     f"{least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
                 )
-        raise InfeasibleBudgetError(
-            f"The budget {dict(self.limits)} is met by nothing but its exact floor: raise it a little."
-        )
 
     # Global
 

@@ -1,7 +1,6 @@
 """Cut pruned units out of a model: the only place where shapes change."""
 
 import copy
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -228,15 +227,17 @@ def _candidates(model: PreTrainedModel, units: PrunableUnits) -> list[PreTrained
 
 def _update_configs(model: PreTrainedModel, built: PreTrainedModel) -> None:
     """Give a model, and the models nested in it, the numbers of the configs from which `built` was made."""
-    nested: Callable[[PreTrainedModel], dict[str, PreTrainedModel]] = lambda root: {  # noqa: E731
-        name: module for name, module in root.named_modules() if isinstance(module, PreTrainedModel)
-    }
-    theirs = nested(built)
-    for name, module in nested(model).items():
+    theirs = _nested_models(built)
+    for name, module in _nested_models(model).items():
         mine, new = module.config, theirs[name].config
-        if mine is not new:
-            for key in vars(mine).keys() - vars(new).keys() & {KEY}:
-                delattr(mine, key)
-            for key, value in vars(new).items():
-                if not key.startswith("_") and vars(mine).get(key) != value:
-                    setattr(mine, key, copy.deepcopy(value))
+        if mine is new:
+            continue
+        if KEY in vars(mine) and KEY not in vars(new):
+            delattr(mine, KEY)
+        for key, value in vars(new).items():
+            if not key.startswith("_") and vars(mine).get(key) != value:
+                setattr(mine, key, copy.deepcopy(value))
+
+
+def _nested_models(root: PreTrainedModel) -> dict[str, PreTrainedModel]:
+    return {name: module for name, module in root.named_modules() if isinstance(module, PreTrainedModel)}

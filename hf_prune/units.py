@@ -155,7 +155,7 @@ def refuse_unprunable(model: object) -> None:
 
     Raises:
         UnsupportedModelError: Not a `PreTrainedModel`, or one with adapters, quantised, on the meta device or
-        offloaded.
+            offloaded.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
