@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .methods import (
         FisherConfig as FisherConfig,
         KCMConfig as KCMConfig,
+        KPruneConfig as KPruneConfig,
         MagnitudeConfig as MagnitudeConfig,
         Paper as Paper,
         Pruner as Pruner,
@@ -93,6 +94,7 @@ _MODULES = {
     "methods": (
         "FisherConfig",
         "KCMConfig",
+        "KPruneConfig",
         "MagnitudeConfig",
         "Paper",
         "Pruner",

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from .batches import Batch, read_batches
 from .errors import CalibrationError, ConfigError
-from .gates import LayerCalls, observe, record_calls, unit_masks
+from .gates import LayerCalls, grad_inputs, observe, record_calls
 from .units import UnitGroup, base_model, prunable_units
 
 
@@ -221,26 +221,56 @@ class Calibrator:
         Raises:
             CalibrationError: The model returns no loss, or a gradient is NaN or infinite; the message names the site.
         """
-        base, trained = base_model(self.model), [p for p in self.model.parameters() if p.requires_grad]
+
+        def loss(index: int, batch: Batch) -> list[torch.Tensor]:
+            value = self.forward(batch).loss
+            if value is None:
+                raise CalibrationError(f"{type(self.model).__name__} returns no loss for these labels.")
+            return [value]
+
         with self.evaluating():
-            try:
-                for parameter in trained:  # only the masks need gradients
-                    parameter.requires_grad_(False)
-                for _, batch in self.batches(description):
-                    samples = len(next(iter(batch.values())))
-                    with unit_masks(base, groups, samples) as masks, torch.enable_grad():
-                        loss = self.forward(batch).loss
-                        if loss is None:
-                            raise CalibrationError(f"{type(self.model).__name__} returns no loss for these labels.")
-                        gradients = torch.autograd.grad(loss, list(masks.values()))
-                    for name, gradient in zip(masks, gradients, strict=True):
-                        rows = gradient.double()
-                        own = rows * self._batch_to_own_loss(batch)
-                        statistics[name].update(own if per_sample else rows.sum(0, keepdim=True))
-            finally:
-                for parameter in trained:
-                    parameter.requires_grad_(True)
+            for batch, inputs, (gradients,) in self.differentiate([g.name for g in groups], loss, description):
+                for group in groups:
+                    columns = mask_gradients(inputs[group.name], gradients[group.name], batch)
+                    rows = columns.reshape(-1, group.size, group.width).sum(2)
+                    own = rows * self._batch_to_own_loss(batch)
+                    statistics[group.name].update(own if per_sample else rows.sum(0, keepdim=True))
         self.reduce(statistics)
+
+    def differentiate(
+        self, sites: Sequence[str], losses: Callable[[int, Batch], Sequence[torch.Tensor]], description: str
+    ) -> Iterator[tuple[Batch, dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]]:
+        """For each batch the inputs of sites and the gradients of some losses by them. Parameters get none.
+
+        Args:
+            sites (sequence of `str`): Names of unit groups.
+            losses (`Callable`): Given the index of a batch and the batch, runs the model and returns scalars.
+            description (`str`): Of the progress bar.
+
+        Yields:
+            The batch, for each site its input, and for each loss a gradient for each site.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        try:
+            for parameter in trained:
+                parameter.requires_grad_(False)
+            for index, batch in self.batches(description):
+                with grad_inputs(base_model(self.model), sites) as inputs, torch.enable_grad():
+                    values = losses(index, batch)
+                    gradients = [
+                        dict(
+                            zip(
+                                inputs,
+                                torch.autograd.grad(v, list(inputs.values()), retain_graph=v is not values[-1]),
+                                strict=True,
+                            )
+                        )
+                        for v in values
+                    ]
+                yield batch, {name: x.detach() for name, x in inputs.items()}, gradients
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
     def _batch_to_own_loss(self, batch: Batch) -> torch.Tensor:
         """By how much a gradient of the mean loss of a batch grows for the loss of an example alone: (examples, 1)."""
@@ -382,6 +412,13 @@ class Calibrator:
         self.tokens = int(sum(totals.values()))
         lengths = [totals[side] / self.samples for side in sorted(totals)]
         self.lengths = lengths[0], (lengths[1] if len(lengths) > 1 else None)
+
+
+def mask_gradients(inputs: torch.Tensor, gradients: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """Gradients by a mask of ones on the columns of a site's input, for each example: float64, (examples, columns)."""
+    samples = len(next(iter(batch.values())))
+    products = (inputs.float() * gradients.float()).reshape(samples, -1, inputs.shape[-1])
+    return products.sum(1, dtype=torch.float64)
 
 
 def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> torch.Tensor:

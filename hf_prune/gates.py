@@ -6,7 +6,7 @@ deepcopy, checkpoints, DDP, gradient checkpointing and torch.compile treat it as
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -168,33 +168,32 @@ def observe(
 
 
 @contextmanager
-def unit_masks(root: nn.Module, groups: Iterable[UnitGroup], samples: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Within the context, units are multiplied by masks of ones whose gradients a backward pass fills in.
+def grad_inputs(root: nn.Module, names: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """Within the context, keep what goes into modules, so that a loss can be differentiated by it.
+
+    What lies before the first of them is not part of the graph, unless parameters there require gradients.
 
     Args:
-        root (`nn.Module`): The base model.
-        groups (iterable of [`UnitGroup`]): Heads and neurons.
-        samples (`int`): Examples in the batch.
+        root (`nn.Module`): What the names are relative to.
+        names (iterable of `str`): The modules.
 
     Yields:
-        `dict[str, torch.Tensor]`: For each group its mask, of shape (samples, units): one row an example.
+        `dict[str, torch.Tensor]`: For each module that has run its first input.
     """
-    masks: dict[str, torch.Tensor] = {}
+    inputs: dict[str, torch.Tensor] = {}
     handles = []
 
-    def multiply(group: UnitGroup) -> Callable[..., Any]:
+    def keep(name: str) -> Callable[..., Any]:
         def call(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
-            masks[group.name] = torch.ones(samples, group.size, dtype=x.dtype, device=x.device, requires_grad=True)
-            columns = masks[group.name].repeat_interleave(group.width, 1)[:, None]
-            return ((x.reshape(samples, -1, x.shape[-1]) * columns).reshape(x.shape), *args[1:])
+            inputs[name] = args[0] if args[0].requires_grad else args[0].detach().requires_grad_()
+            return (inputs[name], *args[1:])
 
         return call
 
     try:
-        for group in groups:
-            handles.append(root.get_submodule(group.name).register_forward_pre_hook(multiply(group)))
-        yield masks
+        for name in names:
+            handles.append(root.get_submodule(name).register_forward_pre_hook(keep(name)))
+        yield inputs
     finally:
         for handle in handles:
             handle.remove()
@@ -202,51 +201,89 @@ def unit_masks(root: nn.Module, groups: Iterable[UnitGroup], samples: int) -> It
 
 @dataclass
 class LayerCalls:
-    """How the layers of one stack were called for one batch.
+    """How the layers of one stack were called for one batch, and what they returned.
 
     Args:
         hidden (`torch.Tensor`): What went into the first layer.
+        end (`torch.Tensor`): What came out of the last.
         arguments (`list`): For each layer the other positional and the keyword arguments.
+        rest (`list`): For each layer what it returned behind the hidden states, `None` if it returned them alone.
     """
 
     hidden: torch.Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    end: torch.Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    rest: list[tuple[Any, ...] | None] = field(default_factory=list)
 
 
 @contextmanager
-def record_calls(
-    root: nn.Module, stacks: Iterable[str], last_output: Mapping[str, torch.Tensor] | None = None
-) -> Iterator[dict[str, LayerCalls]]:
+def record_calls(root: nn.Module, stacks: Iterable[str]) -> Iterator[dict[str, LayerCalls]]:
     """Within the context, record how each layer is called in one forward pass.
 
     Args:
         root (`nn.Module`): The base model.
         stacks (iterable of `str`): The stacks to record.
-        last_output (`dict[str, torch.Tensor]`, *optional*): For a stack what its last layer shall return instead of
-            its output.
     """
     calls: dict[str, LayerCalls] = {}
     handles = []
 
-    def watch(stack: str) -> Callable[..., None]:
+    def before(stack: str) -> Callable[..., None]:
         def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = dict(kwargs)
             hidden, others = (args[0], args[1:]) if args else (named.pop("hidden_states"), ())
-            calls.setdefault(stack, LayerCalls(hidden, [])).arguments.append((others, named))
+            calls.setdefault(stack, LayerCalls(hidden, hidden)).arguments.append((others, named))
 
         return call
 
-    def replace(hidden: torch.Tensor) -> Callable[..., Any]:
-        return lambda module, args, output: (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+    def after(stack: str) -> Callable[..., None]:
+        def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            alone = not isinstance(output, tuple)
+            calls[stack].end = output if alone else output[0]
+            calls[stack].rest.append(None if alone else output[1:])
+
+        return call
 
     try:
         for stack in stacks:
             layers = root.get_submodule(stack)
             assert isinstance(layers, nn.ModuleList)
-            handles += [layer.register_forward_pre_hook(watch(stack), with_kwargs=True) for layer in layers]
-            if last_output and stack in last_output:
-                handles.append(layers[-1].register_forward_hook(replace(last_output[stack])))
+            for layer in layers:
+                handles.append(layer.register_forward_pre_hook(before(stack), with_kwargs=True))
+                handles.append(layer.register_forward_hook(after(stack)))
         yield calls
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def resume_at(
+    root: nn.Module, calls: Mapping[str, LayerCalls], hidden: Mapping[str, tuple[int, torch.Tensor]]
+) -> Iterator[None]:
+    """Within the context, a forward pass computes the upper layers only: the lower ones return what is known.
+
+    Args:
+        root (`nn.Module`): The base model.
+        calls (`dict[str, LayerCalls]`): What [`record_calls`] recorded for this batch.
+        hidden (`dict[str, tuple[int, torch.Tensor]]`): For a stack the first layer to compute (its number of layers
+            to compute none) and what goes into that layer.
+    """
+
+    def known(start: torch.Tensor, rest: tuple[Any, ...] | None) -> Callable[..., Any]:
+        return lambda *args, **kwargs: start if rest is None else (start, *rest)
+
+    replaced: list[tuple[nn.Module, Any]] = []
+    try:
+        for stack, (first, start) in hidden.items():
+            layers = root.get_submodule(stack)
+            assert isinstance(layers, nn.ModuleList)
+            for layer, rest in zip(layers[:first], calls[stack].rest, strict=False):
+                replaced.append((layer, vars(layer).get("forward")))
+                layer.forward = known(start, rest)
+        yield
+    finally:
+        for layer, own in replaced:
+            if own is None:
+                del layer.forward
+            else:  # of a model that Accelerate dispatched
+                layer.forward = own

@@ -4,13 +4,14 @@ For each site, from the bottom up, the kept columns W of the projection become t
 min ‖F·W + R_s − (Y_t + R_t)‖² + λ‖W − W_old‖², with F the inputs of the pruned student, Y_t the output of the dense
 teacher and R the residual streams of both (K-prune, Park et al., ICLR 2024, "knowledge-preserving weight tuning"). No
 labels, no gradients. Teacher and student run side by side, one layer at a time: what is held is the hidden states of
-one layer boundary and FᵀF, FᵀY of one site.
+one layer, its teacher's targets, and FᵀF, FᵀY of one site.
 """
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .calibration import Calibrator, select_real
 from .errors import CalibrationError
-from .gates import LayerCalls, observe, record_calls
+from .gates import LayerCalls, observe, record_calls, resume_at
 from .masks import PruningMask
 from .surgery import cut_layer
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, kept_columns, output_matrix, projection
@@ -144,56 +145,88 @@ def reconstruct(
     base = base_model(model)
     if calls is None:
         calls = calibrator.collect({}, "record layers", record=True)
-    solved: dict[str, _Solution] = {}
-    ends: list[dict[str, torch.Tensor]] = [{} for _ in calls]
+    pruned = [group for group in units.of_kind("heads", "neurons") if not mask[group.name].all()]
+    solutions: dict[str, Solution] = {}
     with calibrator.evaluating():
-        for stack in units.stacks:
-            teacher = student = [call[stack] for call in calls]
-            if any(ends):
-                student = [call[stack] for call in _student_calls(calibrator, base, stack, ends)]
-            walk = _Walk(calibrator, units, stack, teacher, student)
-            solved |= walk.run(base, mask, recover, ridge)
-            if walk.student is not walk.teacher:
-                for end, hidden in zip(ends, walk.student, strict=True):
-                    end[stack] = hidden
-        for name, solution in solved.items():
+        for walk in walks(calibrator, units, calls):
+            own = [group for group in pruned if group.stack == walk.stack]
+            # A later stack reads what this one ends with; otherwise nothing above the last pruned layer matters.
+            last = max((g.layer for g in own), default=-1) if walk.last else len(walk.layers) - 1
+            for index, layer in enumerate(walk.layers[: last + 1]):
+                groups = [g for g in own if g.layer == index] if mask[walk.stack][index] else []
+                small = copy.deepcopy(layer) if groups else layer
+                cut_layer(small, groups, mask)
+                walk.enter(groups)
+                for group in groups:
+                    solutions[group.name] = walk.refit(small, group, mask[group.name], recover, ridge)
+                if index < last or not walk.last:
+                    walk.leave(small if mask[walk.stack][index] else None)
+        for name, solution in solutions.items():
             solution.write(projection(base, name))
 
 
 @dataclass(frozen=True)
-class _Solution:
-    """New columns of a projection, as (inputs, outputs), and its new bias."""
+class Solution:
+    """New rows of a projection's output matrix, and its new bias.
+
+    Args:
+        columns (`torch.Tensor`): Indices of the inputs that stay.
+        weight (`torch.Tensor`): (kept inputs, outputs).
+        bias (`torch.Tensor`, *optional*): (outputs,).
+    """
 
     columns: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
 
     def write(self, module: Projection) -> None:
+        """Put them into the projection of the uncut model."""
         matrix = output_matrix(module)
         matrix[self.columns.to(matrix.device)] = self.weight.to(matrix.dtype)
         if self.bias is not None:
             module.bias.copy_(self.bias)
 
 
-def _student_calls(
-    calibrator: Calibrator, base: nn.Module, stack: str, ends: list[dict[str, torch.Tensor]]
-) -> list[dict[str, LayerCalls]]:
-    """How the layers of a later stack are called when the earlier stacks end as the student's do."""
-    own = []
-    for index, batch in calibrator.batches("record decoder"):
-        with record_calls(base, [*ends[index], stack], ends[index]) as recorded:
-            calibrator.forward(batch)
-        own.append(recorded)
-    return own
+def walks(calibrator: Calibrator, units: PrunableUnits, calls: list[dict[str, LayerCalls]]) -> Iterator["Walk"]:
+    """One [`Walk`] for each stack of the calibrator's model; each has to be walked to its end before the next.
+
+    Args:
+        calibrator ([`Calibrator`]): The data.
+        units ([`PrunableUnits`]): The units of its model.
+        calls (`list`): What [`Calibrator.collect`] recorded on the dense model.
+    """
+    base, ends = base_model(calibrator.model), [dict[str, tuple[int, torch.Tensor]]() for _ in calls]
+    for stack in units.stacks:
+        student = [call[stack] for call in calls]
+        if any(ends):  # the layers of a later stack are called with what the student's earlier stacks end with
+            for index, batch in calibrator.batches("record decoder"):
+                with resume_at(base, calls[index], ends[index]), record_calls(base, [stack]) as recorded:
+                    calibrator.forward(batch)
+                student[index] = recorded[stack]
+        walk = Walk(calibrator, units, stack, [call[stack] for call in calls], student)
+        yield walk
+        if walk.student is not walk.teacher:
+            for end, hidden in zip(ends, walk.student, strict=True):
+                end[stack] = (len(walk.layers), hidden)
 
 
-def _output(value: Any) -> torch.Tensor:
-    hidden: torch.Tensor = value[0] if isinstance(value, tuple) else value
-    return hidden
+class _Reached(Exception):
+    """A layer has computed all that is needed of it."""
 
 
-class _Walk:
-    """Teacher and student on their way up one stack, one layer at a time."""
+class Walk:
+    """Dense teacher and pruned student on their way up one stack, one layer at a time: enter, refit sites, leave.
+
+    Held are, for all tokens, the hidden states of both before the layer, those of the teacher behind it, and the
+    teacher's output at each site of the layer.
+
+    Attributes:
+        stack (`str`): The stack.
+        layers (`nn.ModuleList`): Its layers, those of the teacher.
+        index (`int`): The layer that was entered.
+        teacher, student (`list[torch.Tensor]`): For each batch of this process what goes into that layer.
+        last (`bool`): No stack reads what this one ends with.
+    """
 
     def __init__(
         self,
@@ -203,114 +236,111 @@ class _Walk:
         teacher: list[LayerCalls],
         student: list[LayerCalls],
     ) -> None:
-        self.calibrator, self.units, self.stack = calibrator, units, stack
-        self.teacher_calls, self.student_calls = teacher, student
+        layers = base_model(calibrator.model).get_submodule(stack)
+        assert isinstance(layers, nn.ModuleList)
+        self.calibrator, self.stack, self.layers, self.index = calibrator, stack, layers, -1
+        self.last = stack == list(units.stacks)[-1]
+        self._teacher_calls, self._student_calls = teacher, student
         self.teacher = [call.hidden for call in teacher]
         # One list while both are the same, so that the common part runs once.
-        self.student = self.teacher if teacher is student else [call.hidden for call in student]
+        self.student = (
+            self.teacher
+            if all(a is b for a, b in zip(teacher, student, strict=True))
+            else [call.hidden for call in student]
+        )
+        self._targets: dict[str, list[torch.Tensor]] = {}
+        self._ends: list[torch.Tensor] = []
 
-    def run(self, base: nn.Module, mask: PruningMask, recover: Recovery, ridge: float) -> dict[str, _Solution]:
-        solved: dict[str, _Solution] = {}
-        layers = base.get_submodule(self.stack)
-        assert isinstance(layers, nn.ModuleList)
-        pruned = [
-            g for g in self.units.of_kind("heads", "neurons") if g.stack == self.stack and not mask[g.name].all()
-        ]
-        # A later stack reads what this one ends with; otherwise nothing above the last pruned layer matters.
-        followed = self.stack != list(self.units.stacks)[-1]
-        last = len(layers) if followed else max((g.layer for g in pruned), default=-1)
-        for index, layer in enumerate(layers[: last + 1]):
-            groups = [g for g in pruned if g.layer == index]
-            if not mask[self.stack][index]:
-                self.student = list(self.student) if self.student is self.teacher else self.student
-                self.teacher = self._advance(layer, index, self.teacher, self.teacher_calls)
-            elif not groups:
-                both = self.student is self.teacher
-                self.teacher = self._advance(layer, index, self.teacher, self.teacher_calls)
-                self.student = self.teacher if both else self._advance(layer, index, self.student, self.student_calls)
-            else:
-                small = copy.deepcopy(layer)
-                cut_layer(small, self.units.of_layer(self.stack, index), mask)
-                for group in groups:
-                    on = group is groups[-1] and index < last
-                    equations, teacher = self._accumulate(layer, small, index, group, keep_output=on)
-                    module = projection(small, _inside(group))
-                    solved[group.name] = self._solve(module, group, mask, equations, recover, ridge)
-                    replace(solved[group.name], columns=torch.arange(len(output_matrix(module)))).write(module)
-                if index < last:
-                    self.student = self._advance(small, index, self.student, self.student_calls)
-                    self.teacher = teacher
-        return solved
+    def enter(self, groups: Sequence[UnitGroup]) -> None:
+        """Run the teacher through the next layer.
 
-    def _advance(
-        self, layer: nn.Module, index: int, hidden: list[torch.Tensor], calls: list[LayerCalls]
-    ) -> list[torch.Tensor]:
-        return [self._call(layer, index, x, call) for x, call in zip(hidden, calls, strict=True)]
-
-    @staticmethod
-    def _call(layer: nn.Module, index: int, hidden: torch.Tensor, call: LayerCalls) -> torch.Tensor:
-        args, kwargs = call.arguments[index]
-        return _output(layer(hidden, *args, **kwargs))
-
-    def _accumulate(
-        self, layer: nn.Module, small: nn.Module, index: int, group: UnitGroup, keep_output: bool
-    ) -> tuple[NormalEquations, list[torch.Tensor]]:
-        """One pass of the layer's teacher and student over the data: the normal equations of one site."""
-        name = _inside(group)
-        dense, thin = projection(layer, name), projection(small, name)
-        equations = NormalEquations(*features(thin), thin.weight.device)
-        residual = group.block.residual if group.block is not None else None
-        residual = residual(layer) if callable(residual) else residual
-        ends = []
-        for position, batch in self.calibrator.batches(f"reconstruct {group.name}"):
-            real = self.calibrator.real_tokens(batch, self.stack)
+        Args:
+            groups (sequence of [`UnitGroup`]): Those of this layer that may be refitted.
+        """
+        self.index += 1
+        layer, self._ends, self._targets = self.layers[self.index], [], {group.name: [] for group in groups}
+        for position, hidden in enumerate(self.teacher):
             seen: dict[str, torch.Tensor] = {}
-            into = {} if residual is None else {residual: _keep(seen, "residual")}
-            with observe(layer, into, {name: _keep(seen, "output")}):
-                end = self._call(layer, index, self.teacher[position], self.teacher_calls[position])
-            target, teacher_stream = select_real(seen["output"], real, group.name).float(), seen.get("residual")
-            with observe(small, {**into, name: _keep(seen, "features")}):
-                self._call(small, index, self.student[position], self.student_calls[position])
-            if teacher_stream is not None:
-                gap = teacher_stream.float() - seen["residual"].float()
-                target = target + select_real(gap, real, group.name)
-            if dense.bias is not None:
-                target = target - dense.bias.float()
-            equations.update(select_real(seen["features"], real, group.name), target)
-            if keep_output:
-                ends.append(end)
-        self.calibrator.reduce({group.name: equations})
-        kept = len(equations.gram)
-        if equations.count < kept // group.width:
-            raise CalibrationError(
-                f"{group.name} keeps {kept // group.width} units, the calibration data have {int(equations.count)} "
-                "real tokens: give more data to reconstruct it, or set recover='none'."
-            )
-        return equations, ends
+            residuals = {_residual(layer, g): _keep(seen, _residual(layer, g)) for g in groups}
+            outputs = {_inside(g): _keep(seen, g.name) for g in groups}
+            with observe(layer, {name: f for name, f in residuals.items() if name is not None}, outputs):
+                self._ends.append(self._run(layer, hidden, self._teacher_calls[position]))
+            for group in groups:
+                target, residual = seen[group.name].float(), _residual(layer, group)
+                if residual is not None:
+                    target = target + seen[residual].float().reshape(target.shape)
+                self._targets[group.name].append(target)
 
-    def _solve(
-        self,
-        module: Projection,
-        group: UnitGroup,
-        mask: PruningMask,
-        equations: NormalEquations,
-        recover: Recovery,
-        ridge: float,
-    ) -> _Solution:
-        columns = kept_columns(group, mask[group.name])
-        weight = output_matrix(module).detach()
+    def refit(
+        self, small: nn.Module, group: UnitGroup, keep: torch.Tensor, recover: Recovery, ridge: float = 1e-4
+    ) -> Solution:
+        """Refit one site of the student to the teacher, given all below it.
+
+        Args:
+            small (`nn.Module`): The student's layer, cut at this site and below. Its projection is updated.
+            group ([`UnitGroup`]): The site.
+            keep (`torch.Tensor`): bool of shape (units,), how it was cut.
+            recover, ridge: See [`reconstruct`].
+        """
+        module = projection(small, _inside(group))
+        equations = self._accumulate(small, module, group)
         if recover == "scale":
-            new, bias = scale_solve(equations, weight, group.width), None
-        else:
             if module.bias is not None:
-                equations.target_sum += equations.count * module.bias.double()
-                equations.cross += equations.feature_sum.outer(module.bias.double())
-            new, bias = ridge_solve(equations, weight, module.bias, ridge)
-        if not new.isfinite().all():
+                equations.cross -= equations.feature_sum.outer(module.bias.double())
+            weight, bias = scale_solve(equations, output_matrix(module).detach(), group.width), None
+        else:
+            weight, bias = ridge_solve(equations, output_matrix(module).detach(), module.bias, ridge)
+        if not weight.isfinite().all():
             raise CalibrationError(
                 f"The reconstruction of {group.name} is not finite: give more data, or set recover='none'."
             )
-        return _Solution(columns, new, bias)
+        Solution(torch.arange(len(weight)), weight, bias).write(module)
+        return Solution(kept_columns(group, keep), weight, bias)
+
+    def leave(self, small: nn.Module | None) -> None:
+        """Run the student through its layer, `None` if that was dropped."""
+        layer, same = self.layers[self.index], self.student is self.teacher
+        self.teacher = self._ends
+        if same and small is layer:
+            self.student = self.teacher
+        elif small is not None:
+            self.student = [
+                self._run(small, x, call) for x, call in zip(self.student, self._student_calls, strict=True)
+            ]
+
+    def _run(self, layer: nn.Module, hidden: torch.Tensor, call: LayerCalls) -> torch.Tensor:
+        args, kwargs = call.arguments[self.index]
+        output = layer(hidden, *args, **kwargs)
+        end: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return end
+
+    def _accumulate(self, small: nn.Module, module: Projection, group: UnitGroup) -> NormalEquations:
+        """One pass of the student's layer over the data: the normal equations of one site."""
+        equations = NormalEquations(*features(module), module.weight.device)
+        residual = _residual(small, group)
+        for position, batch in self.calibrator.batches(f"reconstruct {group.name}"):
+            real = self.calibrator.real_tokens(batch, self.stack)
+            seen: dict[str, torch.Tensor] = {}
+
+            def reach(x: torch.Tensor, seen: dict[str, torch.Tensor] = seen) -> None:
+                seen["features"] = x
+                raise _Reached
+
+            into = {} if residual is None else {residual: _keep(seen, "residual")}
+            with observe(small, {**into, _inside(group): reach}), suppress(_Reached):
+                self._run(small, self.student[position], self._student_calls[position])
+            target = select_real(self._targets[group.name][position], real, group.name)
+            if residual is not None:
+                target = target - select_real(seen["residual"], real, group.name).float()
+            equations.update(select_real(seen["features"], real, group.name), target)
+        self.calibrator.reduce({group.name: equations})
+        kept = len(equations.gram) // group.width
+        if equations.count < kept:
+            raise CalibrationError(
+                f"{group.name} keeps {kept} units, the calibration data have {int(equations.count)} "
+                "real tokens: give more data to reconstruct it, or set recover='none'."
+            )
+        return equations
 
 
 def _inside(group: UnitGroup) -> str:
@@ -319,5 +349,12 @@ def _inside(group: UnitGroup) -> str:
     return group.block.output
 
 
-def _keep(seen: dict[str, torch.Tensor], key: str) -> Callable[[torch.Tensor], None]:
-    return lambda x: seen.__setitem__(key, x)
+def _residual(layer: nn.Module, group: UnitGroup) -> str | None:
+    """The module of a layer whose input is the residual stream to which the output of a block is added."""
+    assert group.block is not None
+    residual = group.block.residual
+    return residual(layer) if callable(residual) else residual
+
+
+def _keep(seen: dict[str, torch.Tensor], key: str | None) -> Callable[[torch.Tensor], None]:
+    return lambda x: seen.__setitem__(str(key), x)

@@ -5,6 +5,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -121,20 +122,26 @@ class Selector:
             raise ConfigError(self._nothing_left(kinds, excluded))
         self._check_floor(least)
 
-    def select(self, scores: Mapping[str, torch.Tensor]) -> PruningMask:
+    def select(
+        self, scores: Mapping[str, torch.Tensor], decided: Mapping[str, torch.Tensor] | None = None
+    ) -> PruningMask:
         """The mask for these scores.
 
         Args:
             scores (`dict[str, torch.Tensor]`): For each of `self.groups` the importance of its units, of shape
                 (units,), higher is better, on one scale for all groups.
+            decided (`dict[str, torch.Tensor]`, *optional*): For groups that need no scores any more which of their
+                units stay: bool of shape (units,).
 
         Raises:
             CalibrationError: A score is NaN or infinite.
         """
-        values = self._values(scores)
+        decided = decided or {}
+        values = self._values({**scores, **decided})
         if self.allocation == "uniform":
             return self._mask(values, self._uniform_counts())
-        return self._fitting(values, self._global_counts)
+        fixed = {name: int(keep.sum()) for name, keep in decided.items()}
+        return self._fitting(values, partial(self._global_counts, fixed=fixed))
 
     def _fitting(
         self,
@@ -160,7 +167,7 @@ class Selector:
         return self._fitting(self._values(scores), self._searched_counts)
 
     def _searched_counts(self, values: Mapping[str, torch.Tensor], slack: float) -> dict[str, int]:
-        blocks = self._blocks(values)
+        blocks = self._blocks(values, {})
         cost, _, left = self._room(blocks, slack)
         is_head = torch.tensor([group.kind == "heads" for group in self.groups])[blocks.group]
         per_unit = blocks.score / blocks.count
@@ -200,7 +207,9 @@ class Selector:
         cost = unit[blocks.group] * blocks.count[:, None]
         limit = torch.tensor(list(self.limits.values()), dtype=torch.float64)
         dense = torch.tensor([self.dense[m] for m in self.limits], dtype=torch.float64)
-        return cost, limit, limit * (1 + slack) - (dense - cost[~blocks.first].sum(0))
+        sizes = torch.tensor([[g.size] for g in self.groups], dtype=torch.float64)
+        least = dense - (unit * sizes).sum(0) + cost[blocks.first].sum(0)
+        return cost, limit, limit * (1 + slack) - least
 
     def _counts(self, blocks: _Blocks, taken: torch.Tensor) -> dict[str, int]:
         counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(
@@ -246,8 +255,10 @@ class Selector:
 
     # Global
 
-    def _global_counts(self, values: Mapping[str, torch.Tensor], slack: float) -> dict[str, int]:
-        blocks = self._blocks(values)
+    def _global_counts(
+        self, values: Mapping[str, torch.Tensor], slack: float, fixed: Mapping[str, int]
+    ) -> dict[str, int]:
+        blocks = self._blocks(values, fixed)
         cost, limit, left = self._room(blocks, slack)
 
         density = blocks.score / (cost / limit).mean(1)
@@ -267,16 +278,18 @@ class Selector:
             rest = rest[rest != best]
         return self._counts(blocks, taken)
 
-    def _blocks(self, values: Mapping[str, torch.Tensor]) -> _Blocks:
+    def _blocks(self, values: Mapping[str, torch.Tensor], fixed: Mapping[str, int]) -> _Blocks:
         group, count, score, first = [], [], [], []
         for index, g in enumerate(self.groups):
             step = self._step(g)
             full = max(g.size // step, 1)
             sizes = [step] * (full - 1) + [g.size - step * (full - 1)]  # the worst block takes what is left over
-            runs = torch.split(values[g.name].sort(descending=True).values, sizes)
+            if g.name in fixed:
+                sizes = [fixed[g.name]]
+            runs = torch.split(values[g.name].sort(descending=True).values[: sum(sizes)], sizes)
             group.append(torch.full((len(runs),), index))
             count.append(torch.tensor([len(run) for run in runs]))
-            score.append(torch.stack([run.sum() for run in runs]) if step > 1 else torch.cat(runs))
+            score.append(torch.stack([run.sum() for run in runs]) if max(sizes) > 1 else torch.cat(runs))
             first.append(torch.arange(len(runs)) == 0)
         return _Blocks(*(torch.cat(column) for column in (group, count, score, first)))
 

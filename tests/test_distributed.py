@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from tiny import tiny_batch, tiny_model
+from transformers import AutoModelForQuestionAnswering
 
 import hf_prune
 import hf_prune.calibration
@@ -24,16 +25,27 @@ CONFIGS = {
     "kcm": hf_prune.KCMConfig(budget={"macs": 0.85}),
     "magnitude": hf_prune.MagnitudeConfig(budget={"macs": 0.8}),
     "random": hf_prune.RandomConfig(budget={"macs": 0.8}, seed=1),
+    "fisher": hf_prune.FisherConfig(budget={"macs": 0.8}),
+    "fisher-paper": hf_prune.FisherConfig(budget={"macs": 0.8}, per_sample=True, recover="scale"),
+    "kprune": hf_prune.KPruneConfig(budget={"macs": 0.8}, mu=8.0),
 }
-for name, label in product(("bert", "llama", "bart"), CONFIGS):
+RUNS = [(*run, None) for run in product(("bert", "llama", "bart"), CONFIGS)]
+RUNS += [("bert", label, AutoModelForQuestionAnswering) for label in ("fisher", "kprune")]
+for name, label, auto in RUNS:
     config = CONFIGS[label]
-    data = [tiny_batch(name, size=8, padded=True, seed=seed) for seed in range(5)]  # an odd number of batches
-    model = hf_prune.prunable(tiny_model(name))
+    labels = "fisher" in label
+    # An odd number of batches.
+    data = [tiny_batch(name, size=8, padded=True, seed=seed, labels=labels) for seed in range(5)]
+    if auto:
+        for batch in data:
+            batch.pop("labels", None)
+            batch |= {"start_positions": torch.arange(8) % 3, "end_positions": torch.arange(8) % 3 + 1}
+    model = hf_prune.prunable(tiny_model(name, auto))
     result = model.prune(config, data)
     assert result.report.processes == state.num_processes
     calibrator = result.report.calibration
     model.shrink()
-    mine = f"{name}-{label}-{state.num_processes}-{state.process_index}"
+    mine = f"{name}-{label}-{bool(auto)}-{state.num_processes}-{state.process_index}"
     torch.save((result.mask.to_dict(), model.state_dict(), calibrator), out / mine)
 """
 
@@ -48,7 +60,7 @@ def test_two_processes_agree_with_one(tmp_path):
         done = subprocess.run([*command, script, tmp_path], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     runs = {path.name[: -len("-1-0")] for path in tmp_path.glob("*-1-0")}
-    assert len(runs) == 9
+    assert len(runs) == 20
     for run in runs:
         one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
         assert one[0] == first[0] == second[0]

@@ -7,7 +7,7 @@ import torch
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 import hf_prune
-from hf_prune import FisherConfig, KCMConfig, MagnitudeConfig, RandomConfig
+from hf_prune import FisherConfig, KCMConfig, KPruneConfig, MagnitudeConfig, RandomConfig
 
 # One row a method: what it is called with, and the budget that every family can meet.
 METHODS = {
@@ -18,6 +18,8 @@ METHODS = {
     "random": RandomConfig(budget={"params": 0.75, "macs": 0.8}, seed=3),
     "random-multiple": RandomConfig(budget={"memory": 0.8}, multiple_of=8),
     "kcm": KCMConfig(budget={"macs": 0.85}),
+    "kprune": KPruneConfig(budget={"macs": 0.8}),
+    "kprune-paper": KPruneConfig(budget={"params": 0.85}, kpred="paper", recover="scale"),
     "kcm-paper": KCMConfig(budget={"macs": 0.85}, r2="iterated", recover="scale"),
 }
 FREE = ("magnitude", "magnitude-uniform", "random", "random-multiple")
@@ -73,13 +75,10 @@ def test_batch_size_and_padding_do_not_change_the_mask(method, name):
         length = row["input_ids"].shape if "input_ids" in row else None
         cut.append({k: v[:, :real] if v.shape == length else v for k, v in row.items()})
     masks, outputs = [], []
-    # The code of Fisher's authors, and so the default, squares the gradients of batches: other batches, other scores.
-    for data in (
-        [batch],
-        [batch] if method == "fisher" else rows,
-        [batch] if method == "fisher" else cut,
-        iter([batch]),
-    ):
+    # Fisher's default and K-prune square the gradients of batches, as their papers' code does: other batches, other
+    # scores.
+    by_batch = method in ("fisher", "kprune", "kprune-paper")
+    for data in ([batch], [batch] if by_batch else rows, [batch] if by_batch else cut, iter([batch])):
         model = tiny_model(name)
         masks.append(hf_prune.prune(model, METHODS[method], data).mask)
         outputs.append(logits(model, batch))

@@ -13,7 +13,7 @@ ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
     ["errors", "architectures"],
     ["units", "masks"],
-    ["gates", "surgery", "layout", "costs", "batches"],
+    ["gates", "surgery", "layout", "costs", "batches", "divergence"],
     ["calibration", "selection", "reconstruction"],
     ["methods", "report"],
     ["pruning", "benchmark", "metrics", "plots"],

@@ -3,6 +3,7 @@
 from .base import Paper, Pruner, PruningConfig, RecoverableConfig, get_pruner, known_pruners, register_pruner
 from .fisher import FisherConfig, FisherPruner
 from .kcm import KCMConfig, KCMPruner
+from .kprune import KPruneConfig, KPrunePruner
 from .magnitude import MagnitudeConfig, MagnitudePruner
 from .random import RandomConfig, RandomPruner
 
@@ -11,6 +12,8 @@ __all__ = [
     "FisherPruner",
     "KCMConfig",
     "KCMPruner",
+    "KPruneConfig",
+    "KPrunePruner",
     "MagnitudeConfig",
     "MagnitudePruner",
     "Paper",

@@ -1,0 +1,205 @@
+"""K-prune: Park et al., "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models", ICLR 2024.
+
+Unlabelled data. Sub-layer by sub-layer, from the bottom up: score the units of this and of all higher sub-layers by
+the knowledge that they hold, of the prediction (K_pred) and of the representation (K_rep); prune this one by the
+threshold that meets the budget over all of them; refit its output projection to the dense model; go on with what is
+left of the budget. The part of the model below the sub-layer is not run again.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..architectures import AttentionSpec
+from ..batches import Batch
+from ..calibration import Calibrator, mask_gradients, process_state, select_real
+from ..divergence import Predictions, curvature, divergence, predictions
+from ..errors import ConfigError
+from ..gates import resume_at
+from ..masks import PruningMask
+from ..reconstruction import Solution, walks
+from ..surgery import cut_layer
+from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, site
+from .base import Paper, Pruner, RecoverableConfig, register_pruner
+
+
+@dataclass(kw_only=True)
+class KPruneConfig(RecoverableConfig):
+    """Options of K-prune. See [`PruningConfig`] for the others.
+
+    Args:
+        gamma (`float`, *optional*, defaults to 2.0): γ, temperature of the divergence of the predictions.
+        lam (`float`, *optional*, defaults to 2.5e-4): λ, weight of the representational knowledge.
+        mu (`float`, *optional*, defaults to 64.0): μ, weight of heads against neurons.
+        kpred (`"fisher"` or `"paper"`, *optional*, defaults to `"fisher"`): K_pred while nothing is pruned yet and the
+            divergence has no gradient: its second-order term, or the paper's form, which leaves the first sub-layer to
+            K_rep alone. Above, both are the paper's: the squared gradient of the divergence of each batch, which
+            depends on the batch size.
+        seed (`int`, *optional*, defaults to 0): Of the random directions that stand for more than three classes in the
+            second-order term.
+        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output weights are
+            refitted to the dense model after each sub-layer: exact least squares, one factor per unit, or not at all.
+    """
+
+    gamma: float = 2.0
+    lam: float = 2.5e-4
+    mu: float = 64.0
+    kpred: Literal["fisher", "paper"] = "fisher"
+    seed: int = 0
+    recover: Literal["lstsq", "scale", "none"] = "lstsq"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_choice("kpred", ("fisher", "paper"))
+        for name in ("gamma", "mu"):
+            self.check_positive(name)
+        if self.lam != 0:
+            self.check_positive("lam")
+        elif self.kpred == "paper":
+            raise ConfigError(
+                "lam=0 with kpred='paper' leaves the first sub-layer to rounding errors: use kpred='fisher' or lam > 0."
+            )
+        if type(self.seed) is not int:
+            raise ConfigError(f"seed must be a whole number, got {self.seed!r}.")
+
+
+@register_pruner("kprune", KPruneConfig)
+class KPrunePruner(Pruner[KPruneConfig]):
+    """Keeps the heads and neurons that hold the most knowledge per cost, and refits each sub-layer before the next."""
+
+    paper = Paper(
+        "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models", "ICLR 2024", "2308.03449"
+    )
+
+    def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
+        assert calibrator is not None
+        config, selector = self.config, self.selector(model, units, calibrator)
+        names = [g.name for g in units.values() if g in selector.groups]
+        student = _Student(calibrator, config)
+        decided: dict[str, torch.Tensor] = {}
+        solutions: dict[str, Solution] = {}
+        with calibrator.evaluating():
+            for walk in walks(calibrator, units, student.calls):
+                for index, layer in enumerate(walk.layers):
+                    groups = [g for g in units.of_layer(walk.stack, index) if g.name in names]
+                    small = copy.deepcopy(layer) if groups else layer
+                    student.reaches(walk.stack, index, walk.student)
+                    walk.enter(groups)
+                    try:
+                        walk.layers[index] = small
+                        for group in groups:
+                            open_groups = [units[name] for name in names if name not in decided]
+                            keep = selector.select(student.scores(open_groups), decided)[group.name]
+                            decided[group.name] = keep
+                            if not keep.all():
+                                cut_layer(small, [group], PruningMask({group.name: keep}, units))
+                                if config.recover != "none":
+                                    solutions[group.name] = walk.refit(small, group, keep, config.recover)
+                    finally:
+                        walk.layers[index] = layer
+                    walk.leave(small if any(not decided[g.name].all() for g in groups) else layer)
+                student.reaches(walk.stack, len(walk.layers), walk.student)
+            for name, solution in solutions.items():
+                solution.write(site(model, units[name]))
+        return PruningMask(decided, units)
+
+
+class _Student:
+    """The model as far as it is pruned: whatever lies below the next sub-layer is known, and not run again.
+
+    Attributes:
+        calls (`list[dict[str, LayerCalls]]`): How the layers of the dense model were called, and what they returned.
+    """
+
+    def __init__(self, calibrator: Calibrator, config: KPruneConfig) -> None:
+        self.calibrator, self.config = calibrator, config
+        self.model, self.units = calibrator.model, calibrator.units
+        self.base = base_model(self.model)
+        self.calls = calibrator.collect({}, "record layers", record=True)
+        self._starts: list[dict[str, tuple[int, torch.Tensor]]] = [{} for _ in self.calls]
+        self._ends = [{stack: (len(c.rest), c.end) for stack, c in call.items()} for call in self.calls]
+        self._dense = True
+
+    def reaches(self, stack: str, index: int, hidden: Sequence[torch.Tensor]) -> None:
+        """From now on passes start at this layer of a stack, with these hidden states."""
+        for start, states in zip(self._starts, hidden, strict=True):
+            start[stack] = (index, states)
+
+    def scores(self, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
+        """K_pred + λ·K_rep of the units of some groups, for heads times μ (Eq. 4, 5, 10 and 11)."""
+        loss = self._curvature if self._dense and self.config.kpred == "fisher" else self._divergence
+        knowledge = {g.name: _Knowledge(g.size * g.width, site(self.model, g).weight.device) for g in groups}
+        passes = self.calibrator.differentiate(list(knowledge), loss, f"score {groups[0].name}")
+        for batch, inputs, gradients in passes:
+            for group in groups:
+                x = inputs[group.name]
+                real = select_real(x, self.calibrator.real_tokens(batch, group.stack), group.name)
+                by_example = torch.cat([mask_gradients(x, g[group.name], batch) for g in gradients])
+                squares = by_example if loss == self._curvature else by_example.sum(0, keepdim=True)
+                knowledge[group.name].update(real, squares, len(by_example) // len(gradients))
+        self.calibrator.reduce(knowledge)
+        self._dense = False
+        return {g.name: self._of_units(g, knowledge[g.name]) for g in groups}
+
+    def _of_units(self, group: UnitGroup, knowledge: "_Knowledge") -> torch.Tensor:
+        weights = output_matrix(site(self.model, group)).detach().double().square().mean(1)
+        representation = weights * knowledge.energy / knowledge.tokens
+        columns = knowledge.prediction / knowledge.examples + self.config.lam * representation
+        if not isinstance(group.block, AttentionSpec):
+            return columns
+        layers = self.base.get_submodule(group.stack)
+        assert isinstance(layers, nn.ModuleList)
+        _, _, size = head_counts(layers[group.layer], group.block)
+        # The mean over the dimensions of a head; a KV group has the knowledge, as the cost, of all its query heads.
+        return self.config.mu * columns.reshape(group.size, -1, size).mean(2).sum(1)
+
+    def _predictions(
+        self, index: int, batch: Batch, starts: Mapping[str, tuple[int, torch.Tensor]]
+    ) -> list[Predictions]:
+        real = self.calibrator.real_tokens(batch, list(self.units.stacks)[-1])
+        with resume_at(self.base, self.calls[index], starts):
+            return predictions(self.model, self.calibrator.forward(batch), real)
+
+    def _divergence(self, index: int, batch: Batch) -> list[torch.Tensor]:
+        """The mean divergence from the dense model."""
+        student = self._predictions(index, batch, self._starts[index])
+        with torch.no_grad():
+            teacher = self._predictions(index, batch, self._ends[index])
+        pairs = zip(student, teacher, strict=True)
+        return [torch.cat([divergence(s, t, self.config.gamma) for s, t in pairs]).mean()]
+
+    def _curvature(self, index: int, batch: Batch) -> list[torch.Tensor]:
+        """Directions whose squared gradients add up to the curvature of the divergence at the dense model."""
+        state = process_state()
+        generator = torch.Generator().manual_seed(self.config.seed + index * state.num_processes + state.process_index)
+        student = self._predictions(index, batch, self._starts[index])
+        return [v.sum() for p in student for v in curvature(p, self.config.gamma, generator)]
+
+
+class _Knowledge:
+    """Sums over the data for the columns of one site.
+
+    Attributes:
+        prediction (`torch.Tensor`): ½·Σ of squared gradients, float64, (columns,).
+        energy (`torch.Tensor`): Σ of squared inputs over real tokens, float64, (columns,).
+        examples, tokens (`torch.Tensor`): Their numbers, ().
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.prediction, self.energy = torch.zeros(2, columns, dtype=torch.float64, device=device).unbind()
+        self.examples, self.tokens = torch.zeros(2, dtype=torch.float64, device=device).unbind()
+
+    def update(self, inputs: torch.Tensor, gradients: torch.Tensor, examples: int) -> None:
+        """Take the inputs of some real tokens, (tokens, columns), and gradients by a mask of ones, (n, columns)."""
+        self.prediction += gradients.square().sum(0) / 2
+        self.energy += inputs.float().square().sum(0, dtype=torch.float64)
+        self.examples += examples
+        self.tokens += len(inputs)
+
+    def sums(self) -> list[torch.Tensor]:
+        return [self.prediction, self.energy, self.examples, self.tokens]
