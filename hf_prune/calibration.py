@@ -8,6 +8,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -145,7 +146,9 @@ class Calibrator:
         self._check_decodable(batches[0])
         self._measure(batches)
         state = process_state()
+        ends = [0, *accumulate(len(next(iter(batch.values()))) for batch in batches)]
         self._batches = batches[state.process_index :: state.num_processes]
+        self._first = ends[:-1][state.process_index :: state.num_processes]
 
     def __len__(self) -> int:
         return self.samples
@@ -166,6 +169,10 @@ class Calibrator:
         quiet = not process_state().is_main_process or None  # None: only where stderr is a terminal
         for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
             yield index, send_to_device(batch, self.model.device)
+
+    def examples(self, index: int) -> range:
+        """Numbers of the examples in a batch of this process, counted over all processes."""
+        return range(self._first[index], self._first[index] + len(next(iter(self._batches[index].values()))))
 
     def forward(self, batch: Batch) -> Any:
         """One forward pass without a KV cache."""

@@ -4,7 +4,7 @@ Distributions (classification, language models, spans of question answering) are
 in knowledge distillation; numbers (regression, the hidden states of a model without a head) by their squared error.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,10 +20,12 @@ class Predictions:
 
     Args:
         logits (`torch.Tensor`): (rows, classes), one row a prediction: an example, or a token.
+        counts (`list[int]`): Rows of each example, in the order of the rows.
         numbers (`bool`): They are numbers rather than the logits of a distribution.
     """
 
     logits: torch.Tensor
+    counts: list[int]
     numbers: bool = False
 
 
@@ -40,38 +42,42 @@ def predictions(
     Raises:
         UnsupportedModelError: The head is of another kind.
     """
+    config, single = model.config, [1] * (len(real) if real is not None else len(next(iter(outputs.values()))))
     if "start_logits" in outputs:
         spans = [outputs["start_logits"].float(), outputs["end_logits"].float()]
         if real is not None:
             spans = [span.masked_fill(~real, torch.finfo(span.dtype).min) for span in spans]
-        return [Predictions(span) for span in spans]
+        return [Predictions(span, single) for span in spans]
     if "logits" in outputs:
-        logits, config = outputs["logits"].float(), model.config
+        logits = outputs["logits"].float()
         if logits.dim() == 3:
-            return [Predictions(_real_rows(logits, real, model))]
+            return [_of_tokens(logits, real, model)]
         if logits.dim() == 2 and (config.num_labels == 1 or config.problem_type == "regression"):
-            return [Predictions(logits, numbers=True)]
+            return [Predictions(logits, single, numbers=True)]
         if logits.dim() == 2 and config.problem_type == "multi_label_classification":
-            return [Predictions(torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1))]
+            pairs = torch.stack([torch.zeros_like(logits), logits], -1).flatten(0, 1)
+            return [Predictions(pairs, [logits.shape[1]] * len(logits))]
         if logits.dim() == 2:
-            return [Predictions(logits)]
+            return [Predictions(logits, single)]
     elif "last_hidden_state" in outputs:
-        return [Predictions(_real_rows(outputs["last_hidden_state"].float(), real, model), numbers=True)]
+        return [_of_tokens(outputs["last_hidden_state"].float(), real, model, numbers=True)]
     raise UnsupportedModelError(
         f"{type(model).__name__} returns {', '.join(outputs)}: only the predictions of classifiers, regressors, "
         "language models and question answering, and the hidden states of a model without a head, can be compared."
     )
 
 
-def _real_rows(values: torch.Tensor, real: torch.Tensor | None, model: PreTrainedModel) -> torch.Tensor:
+def _of_tokens(
+    values: torch.Tensor, real: torch.Tensor | None, model: PreTrainedModel, numbers: bool = False
+) -> Predictions:
     if real is None:
-        return values.flatten(0, 1)
+        real = torch.ones(values.shape[:2], dtype=torch.bool, device=values.device)
     if real.shape != values.shape[:2]:
         raise UnsupportedModelError(
             f"{type(model).__name__} predicts for {tuple(values.shape[:2])} positions where the input has "
             f"{tuple(real.shape)}: its padding can't be told apart."
         )
-    return values[real]
+    return Predictions(values[real], real.sum(1).tolist(), numbers)
 
 
 def divergence(student: Predictions, teacher: Predictions, temperature: float = 1.0) -> torch.Tensor:
@@ -87,32 +93,37 @@ def divergence(student: Predictions, teacher: Predictions, temperature: float = 
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
-def curvature(student: Predictions, temperature: float, generator: torch.Generator) -> list[torch.Tensor]:
+def curvature(student: Predictions, temperature: float, seeds: Sequence[int]) -> list[torch.Tensor]:
     """Directions v(z) whose squared gradients add up to the curvature of [`divergence`] where both models agree.
 
     With H = J₁ᵀ·J₁ + J₂ᵀ·J₂ + … the Gauss-Newton matrix of one prediction, the k-th entry has a row of J_k for its
     gradient. Exact for up to three classes and for one number; otherwise one random direction with that expectation:
-    a class drawn from the prediction, or random signs.
+    a class drawn from the prediction, or random signs. Where an example has several predictions, the square of the
+    sum of their gradients has the sum of their squares for its expectation.
 
     Args:
         student ([`Predictions`]): The predictions, part of an autograd graph.
         temperature (`float`): γ.
-        generator (`torch.Generator`): For the random directions.
+        seeds (sequence of `int`): For the random directions of each example.
 
     Returns:
         `list[torch.Tensor]`: Each of shape (rows,).
     """
     logits = student.logits
     rows, classes = logits.shape
+    width = classes if student.numbers else 2
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    noise = [torch.rand(n, width, generator=g) for n, g in zip(student.counts, generators, strict=True)]
+    uniform = torch.cat(noise).to(logits.device)
+    signs = torch.where(uniform < 0.5, -1.0, 1.0).to(logits)
     if student.numbers:
-        signs = torch.randint(0, 2, (rows, classes), generator=generator).to(logits) * 2 - 1
-        return [(2 / classes) ** 0.5 * (logits if classes == 1 else logits * signs).sum(1)]
+        return [(2 / classes) ** 0.5 * (logits * signs).sum(1)]
     # KL has the Hessian (diag p − p·pᵀ) / γ² by the logits, which γ² undoes: p at temperature γ is what remains.
     p = (logits.detach() / temperature).softmax(1)
     if classes == 2:
-        return [p.prod(1).sqrt() * (logits[:, 1] - logits[:, 0])]
+        return [signs[:, 0] * p.prod(1).sqrt() * (logits[:, 1] - logits[:, 0])]
     log_p = logits - (p * logits).sum(1, keepdim=True)  # gradient e_y − p
     if classes == 3:
-        return [p[:, y].sqrt() * log_p[:, y] for y in range(3)]
-    drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(p.device)
+        return [signs[:, 0] * p[:, y].sqrt() * log_p[:, y] for y in range(3)]
+    drawn = torch.searchsorted(p.cumsum(1), uniform[:, 1:].to(p).contiguous()).clamp_max(classes - 1)
     return [log_p.gather(1, drawn)[:, 0]]

@@ -131,14 +131,14 @@ def test_the_mask_is_the_top_k_of_the_scores(bert):
     scores = []
     for group in groups:
         weight = model.base_model.get_submodule(group.name).weight.detach().T
-        scores.append(merged_score(density_score(gaussian_kernel(weight)), moments[group.name].mean_absolute))
+        scores.append(merged_score(density_score(gaussian_kernel(weight)), moments[group.name].rms))
     mask = hf_prune.prune(model, KCMConfig(budget={"macs": 0.7}, recover="none"), calibrator).mask
     kept = torch.cat([mask[group.name] for group in groups])
     assert torch.cat(scores)[kept].min() >= torch.cat(scores)[~kept].max()
 
 
 @pytest.mark.parametrize(
-    "options", [{"score": "r2"}, {"score": "d2"}, {"d2": "rms"}, {"d2": "mean"}, {"sigma": "median"}]
+    "options", [{"score": "r2"}, {"score": "d2"}, {"d2": "mean_abs"}, {"d2": "mean"}, {"sigma": "median"}]
 )
 def test_options_change_the_mask(bert, options):
     model, data = bert

@@ -75,9 +75,8 @@ def test_batch_size_and_padding_do_not_change_the_mask(method, name):
         length = row["input_ids"].shape if "input_ids" in row else None
         cut.append({k: v[:, :real] if v.shape == length else v for k, v in row.items()})
     masks, outputs = [], []
-    # Fisher's default and K-prune square the gradients of batches, as their papers' code does: other batches, other
-    # scores.
-    by_batch = method in ("fisher", "kprune", "kprune-paper")
+    # The code of the authors of Fisher and K-prune squares the gradients of batches: other batches, other scores.
+    by_batch = method in ("fisher", "kprune-paper")
     for data in ([batch], [batch] if by_batch else rows, [batch] if by_batch else cut, iter([batch])):
         model = tiny_model(name)
         masks.append(hf_prune.prune(model, METHODS[method], data).mask)

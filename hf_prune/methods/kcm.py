@@ -28,7 +28,7 @@ class KCMConfig(RecoverableConfig):
         r2 (`"density"` or `"iterated"`, *optional*, defaults to `"density"`): The closed form of one multiplicative
             update, which costs N²·d for N neurons of width d; or up to `max_iterations` updates of N³ each (Algorithm
             2).
-        d2 (`"mean_abs"`, `"mean"` or `"rms"`, *optional*, defaults to `"mean_abs"`): What is averaged over real
+        d2 (`"rms"`, `"mean_abs"` or `"mean"`, *optional*, defaults to `"rms"`): What is averaged over real
             tokens, before each layer is divided by its Euclidean norm. The paper gives neither sign nor normaliser:
             this is the project's reading.
         sigma (`float` or `"median"`, *optional*, defaults to 1.0): Width of the kernel exp(−‖w_i − w_j‖² / σ²);
@@ -43,7 +43,7 @@ class KCMConfig(RecoverableConfig):
 
     score: Literal["r2d2", "r2", "d2"] = "r2d2"
     r2: Literal["density", "iterated"] = "density"
-    d2: Literal["mean_abs", "mean", "rms"] = "mean_abs"
+    d2: Literal["rms", "mean_abs", "mean"] = "rms"
     sigma: float | Literal["median"] = 1.0
     alpha: float = 0.01
     max_iterations: int = 20
@@ -53,7 +53,7 @@ class KCMConfig(RecoverableConfig):
         super().__post_init__()
         self.check_choice("score", ("r2d2", "r2", "d2"))
         self.check_choice("r2", ("density", "iterated"))
-        self.check_choice("d2", ("mean_abs", "mean", "rms"))
+        self.check_choice("d2", ("rms", "mean_abs", "mean"))
         self.check_positive("alpha")
         if self.sigma != "median":
             self.check_positive("sigma")

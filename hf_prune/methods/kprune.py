@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import AttentionSpec
 from ..batches import Batch
-from ..calibration import Calibrator, mask_gradients, process_state, select_real
+from ..calibration import Calibrator, mask_gradients, select_real
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
 from ..gates import resume_at
@@ -34,20 +34,21 @@ class KPruneConfig(RecoverableConfig):
 
     Args:
         gamma (`float`, *optional*, defaults to 2.0): γ, temperature of the divergence of the predictions.
-        lam (`float`, *optional*, defaults to 2.5e-4): λ, weight of the representational knowledge.
+        lam (`float`, *optional*): λ, weight of the representational knowledge. Defaults to 0.025, with
+            `kpred="paper"` to the authors' 2.5e-4: their K_pred is smaller by the square of the batch size.
         mu (`float`, *optional*, defaults to 64.0): μ, weight of heads against neurons.
-        kpred (`"fisher"` or `"paper"`, *optional*, defaults to `"fisher"`): K_pred while nothing is pruned yet and the
-            divergence has no gradient: its second-order term, or the paper's form, which leaves the first sub-layer to
-            K_rep alone. Above, both are the paper's: the squared gradient of the divergence of each batch, which
-            depends on the batch size.
-        seed (`int`, *optional*, defaults to 0): Of the random directions that stand for more than three classes in the
-            second-order term.
+        kpred (`"fisher"` or `"paper"`, *optional*, defaults to `"fisher"`): K_pred. `"fisher"` is the second-order
+            term of the divergence from the present predictions, example by example. `"paper"` is the squared gradient
+            of the divergence from the dense model, batch by batch: it depends on the batch size, and is zero while
+            nothing is pruned, so that K_rep alone decides on the first sub-layer.
+        seed (`int`, *optional*, defaults to 0): Of the random directions which stand for the second-order term where
+            there are more than three classes (a language model's vocabulary), or several predictions an example.
         recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output weights are
             refitted to the dense model after each sub-layer: exact least squares, one factor per unit, or not at all.
     """
 
     gamma: float = 2.0
-    lam: float = 2.5e-4
+    lam: float | None = None
     mu: float = 64.0
     kpred: Literal["fisher", "paper"] = "fisher"
     seed: int = 0
@@ -58,14 +59,16 @@ class KPruneConfig(RecoverableConfig):
         self.check_choice("kpred", ("fisher", "paper"))
         for name in ("gamma", "mu"):
             self.check_positive(name)
-        if self.lam != 0:
+        if self.lam is None:
+            self.lam = 0.025 if self.kpred == "fisher" else 2.5e-4
+        elif self.lam != 0:
             self.check_positive("lam")
         elif self.kpred == "paper":
             raise ConfigError(
-                "lam=0 with kpred='paper' leaves the first sub-layer to rounding errors: use kpred='fisher' or lam > 0."
+                "lam=0 with kpred='paper' leaves the first sub-layer to rounding: use kpred='fisher' or lam > 0."
             )
-        if type(self.seed) is not int:
-            raise ConfigError(f"seed must be a whole number, got {self.seed!r}.")
+        if type(self.seed) is not int or not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed must be a whole number in [0, 2^31), got {self.seed!r}.")
 
 
 @register_pruner("kprune", KPruneConfig)
@@ -123,7 +126,6 @@ class _Student:
         self.calls = calibrator.collect({}, "record layers", record=True)
         self._starts: list[dict[str, tuple[int, torch.Tensor]]] = [{} for _ in self.calls]
         self._ends = [{stack: (len(c.rest), c.end) for stack, c in call.items()} for call in self.calls]
-        self._dense = True
 
     def reaches(self, stack: str, index: int, hidden: Sequence[torch.Tensor]) -> None:
         """From now on passes start at this layer of a stack, with these hidden states."""
@@ -132,7 +134,7 @@ class _Student:
 
     def scores(self, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
         """K_pred + λ·K_rep of the units of some groups, for heads times μ (Eq. 4, 5, 10 and 11)."""
-        loss = self._curvature if self._dense and self.config.kpred == "fisher" else self._divergence
+        loss = self._curvature if self.config.kpred == "fisher" else self._divergence
         knowledge = {g.name: _Knowledge(g.size * g.width, site(self.model, g).weight.device) for g in groups}
         passes = self.calibrator.differentiate(list(knowledge), loss, f"score {groups[0].name}")
         for batch, inputs, gradients in passes:
@@ -140,15 +142,15 @@ class _Student:
                 x = inputs[group.name]
                 real = select_real(x, self.calibrator.real_tokens(batch, group.stack), group.name)
                 by_example = torch.cat([mask_gradients(x, g[group.name], batch) for g in gradients])
-                squares = by_example if loss == self._curvature else by_example.sum(0, keepdim=True)
-                knowledge[group.name].update(real, squares, len(by_example) // len(gradients))
+                rows = by_example if self.config.kpred == "fisher" else by_example.sum(0, keepdim=True)
+                knowledge[group.name].update(real, rows, len(by_example) // len(gradients))
         self.calibrator.reduce(knowledge)
-        self._dense = False
         return {g.name: self._of_units(g, knowledge[g.name]) for g in groups}
 
     def _of_units(self, group: UnitGroup, knowledge: "_Knowledge") -> torch.Tensor:
         weights = output_matrix(site(self.model, group)).detach().double().square().mean(1)
         representation = weights * knowledge.energy / knowledge.tokens
+        assert self.config.lam is not None
         columns = knowledge.prediction / knowledge.examples + self.config.lam * representation
         if not isinstance(group.block, AttentionSpec):
             return columns
@@ -174,11 +176,10 @@ class _Student:
         return [torch.cat([divergence(s, t, self.config.gamma) for s, t in pairs]).mean()]
 
     def _curvature(self, index: int, batch: Batch) -> list[torch.Tensor]:
-        """Directions whose squared gradients add up to the curvature of the divergence at the dense model."""
-        state = process_state()
-        generator = torch.Generator().manual_seed(self.config.seed + index * state.num_processes + state.process_index)
+        """Directions whose squared gradients add up to the curvature of the divergence."""
         student = self._predictions(index, batch, self._starts[index])
-        return [v.sum() for p in student for v in curvature(p, self.config.gamma, generator)]
+        seeds = [(self.config.seed << 32) + example for example in self.calibrator.examples(index)]
+        return [v.sum() for p in student for v in curvature(p, self.config.gamma, seeds)]
 
 
 class _Knowledge:
