@@ -35,7 +35,9 @@ if TYPE_CHECKING:
     from .masks import PruningMask as PruningMask
     from .methods import (
         FisherConfig as FisherConfig,
+        FLAPConfig as FLAPConfig,
         KCMConfig as KCMConfig,
+        LayerDropConfig as LayerDropConfig,
         MagnitudeConfig as MagnitudeConfig,
         Paper as Paper,
         Pruner as Pruner,
@@ -91,8 +93,10 @@ _MODULES = {
     "hub": ("save_pretrained",),
     "masks": ("PruningMask",),
     "methods": (
+        "FLAPConfig",
         "FisherConfig",
         "KCMConfig",
+        "LayerDropConfig",
         "MagnitudeConfig",
         "Paper",
         "Pruner",
