@@ -224,3 +224,11 @@ def test_a_failure_on_the_way_changes_nothing(method):
         hf_prune.prune(model, config(method, **{**options, "budget": {"macs": 0.01}}), few)
     assert hf_prune.current_mask(model) is None
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_hidden_states_that_are_not_finite_name_the_layer():
+    model = tiny_model("bert")
+    with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight[:, 0] = math.nan
+    with pytest.raises(hf_prune.CalibrationError, match=r"inputs of encoder.layer.0 are NaN"):
+        hf_prune.prune(model, LayerDropConfig(budget={"macs": 0.7}), batches("bert"))
