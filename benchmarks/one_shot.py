@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", required=True)
     parser.add_argument("--dev", required=True)
-    parser.add_argument("--methods", nargs="+", default=["kcm:lstsq", "fisher:lstsq"], metavar="METHOD:RECOVER")
+    parser.add_argument("--methods", nargs="+", default=["kcm:lstsq", "fisher:lstsq"], metavar="METHOD[:RECOVER]")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=2048)
@@ -50,7 +50,7 @@ def main() -> None:
     print("| method | recover | MACs kept | accuracy, mean ± sd | seconds | plain passes |\n|---|---|---|---|---|---|")
     for method, macs in ((method, macs) for method in args.methods for macs in args.macs):
         name, _, recover = method.partition(":")
-        options = {"method": name, "recover": recover, "budget": {"macs": macs}}
+        options = {"method": name, "budget": {"macs": macs}} | ({"recover": recover} if recover else {})
         config = hf_prune.PruningConfig.from_dict({**options, "sequence_length": args.sequence_length})
         scores, seconds, passes = [], [], []
         for seed in args.seeds:

@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from .masks import PruningMask as PruningMask
     from .methods import (
         FisherConfig as FisherConfig,
+        FLAPConfig as FLAPConfig,
         KCMConfig as KCMConfig,
         KPruneConfig as KPruneConfig,
+        LayerDropConfig as LayerDropConfig,
         MagnitudeConfig as MagnitudeConfig,
         Paper as Paper,
         Pruner as Pruner,
@@ -92,9 +94,11 @@ _MODULES = {
     "hub": ("save_pretrained",),
     "masks": ("PruningMask",),
     "methods": (
+        "FLAPConfig",
         "FisherConfig",
         "KCMConfig",
         "KPruneConfig",
+        "LayerDropConfig",
         "MagnitudeConfig",
         "Paper",
         "Pruner",

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from .batches import Batch, read_batches
 from .errors import CalibrationError, ConfigError
-from .gates import LayerCalls, grad_inputs, observe, record_calls
+from .gates import LayerCalls, Observer, grad_inputs, observe, record_calls
 from .units import UnitGroup, base_model, prunable_units
 
 
@@ -40,6 +40,13 @@ class Statistic(Sums, Protocol):
 
     def update(self, inputs: torch.Tensor) -> None:
         """Take the inputs of some real tokens, of shape (tokens, columns)."""
+
+
+class Comparison(Sums, Protocol):
+    """What a method wants to know about the hidden states around one layer."""
+
+    def update(self, before: torch.Tensor, after: torch.Tensor) -> None:
+        """Take the hidden states of some real tokens before and after the layer, both (tokens, hidden)."""
 
 
 class Moments:
@@ -73,6 +80,13 @@ class Moments:
     def mean(self) -> torch.Tensor:
         """Mean of x per column."""
         return self.total / self.count
+
+    @property
+    def variance(self) -> torch.Tensor:
+        """Sample variance of x per column."""
+        deviation = self.square - self.total.square() / self.count
+        # The squares of a constant are as far from its mean as float32 rounds them.
+        return torch.where(deviation > 1e-7 * self.square, deviation, 0) / (self.count - 1).clamp_min(1)
 
     @property
     def rms(self) -> torch.Tensor:
@@ -207,6 +221,28 @@ class Calibrator:
                     calls.append(recorded)
         self.reduce(statistics)
         return calls
+
+    def collect_layers(self, comparisons: Mapping[str, Comparison], description: str = "compare layers") -> None:
+        """Feed comparisons with what goes into and comes out of layers, in one pass over the data.
+
+        Args:
+            comparisons (`dict[str, Comparison]`): By name of a layer, relative to the base model.
+            description (`str`, *optional*): Of the progress bar.
+
+        Raises:
+            CalibrationError: A hidden state is NaN or infinite; the message names the layer.
+        """
+        base = base_model(self.model)
+        with self.evaluating():
+            for _, batch in self.batches(description):
+                pairs = {
+                    name: _pair(comparison, self.real_tokens(batch, name.rpartition(".")[0]), name)
+                    for name, comparison in comparisons.items()
+                }
+                inputs, outputs = ({name: pair[side] for name, pair in pairs.items()} for side in (0, 1))
+                with observe(base, inputs, outputs):
+                    self.forward(batch)
+        self.reduce(comparisons)
 
     def collect_gradients(
         self,
@@ -426,6 +462,16 @@ def mask_gradients(inputs: torch.Tensor, gradients: torch.Tensor, batch: Batch) 
     samples = len(next(iter(batch.values())))
     products = (inputs.float() * gradients.float()).reshape(samples, -1, inputs.shape[-1])
     return products.sum(1, dtype=torch.float64)
+
+
+def _pair(comparison: Comparison, real: torch.Tensor | None, name: str) -> tuple[Observer, Observer]:
+    """What to call with the input and with the output of a layer."""
+    before: list[torch.Tensor] = []
+
+    def compare(after: torch.Tensor) -> None:
+        comparison.update(select_real(before.pop(), real, name), select_real(after, real, name))
+
+    return before.append, compare
 
 
 def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .errors import MaskError, unknown
-from .units import KINDS, Kind, PrunableUnits
+from .units import KINDS, Kind, PrunableUnits, UnitGroup
 
 MASK_FILE = "pruning_mask.safetensors"
 _VERSION = 1
@@ -126,6 +126,10 @@ class PruningMask(Mapping[str, torch.Tensor]):
     def density(self, kind: Kind) -> float:
         """Kept share of the units of a kind. 1.0 where the model has none."""
         return self.kept(kind) / max(self.total(kind), 1) if self.total(kind) else 1.0
+
+    def drops(self, group: UnitGroup) -> bool:
+        """Whether a group of heads or neurons goes with its layer, whatever its own vector says."""
+        return group.kind != "layers" and not bool(self[group.stack][group.layer])
 
     def check(self, units: PrunableUnits) -> None:
         """Raise unless this mask is for a model with these units.

@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from .calibration import Calibrator, process_state
 from .costs import CostTable
+from .depth import drop_layers
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
-from .gates import apply_mask, current_mask
+from .gates import apply_mask, current_mask, remove_mask
 from .masks import PruningMask
 from .methods import PruningConfig, get_pruner
 from .report import PruningReport, unit_rows
@@ -93,14 +94,23 @@ def prune(
             raise CalibrationError(f"{config.method} needs labels: make the Calibrator with labels=True.")
         if calibrator.model is not model:
             raise CalibrationError("The Calibrator was made for another model: make one for this model.")
-    elif pruner.needs_data or getattr(config, "recover", "none") != "none":
+    elif pruner.needs_data or config.drop_layers or getattr(config, "recover", "none") != "none":
         kind = "labelled" if pruner.needs_labels else "unlabelled"
         raise CalibrationError(
             f"{config.method} with these options needs calibration data: pass data=, {kind} examples like those of "
             "the task."
         )
 
-    mask = pruner.prune(model, units, calibrator)
+    if config.drop_layers:
+        assert calibrator is not None
+        dropped, pruner.facts["block_influence"] = drop_layers(calibrator, config.drop_layers, config.exclude)
+        try:
+            apply_mask(model, dropped)
+            mask = pruner.prune(model, units, calibrator) & dropped
+        finally:
+            remove_mask(model)
+    else:
+        mask = pruner.prune(model, units, calibrator)
     check_shrinkable(units, mask)
     table: CostTable = pruner.cost_table(model, units, calibrator)
     apply_mask(model, mask)

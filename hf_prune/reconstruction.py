@@ -8,7 +8,7 @@ one layer, its teacher's targets, and FᵀF, FᵀY of one site.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -17,14 +17,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .calibration import Calibrator, select_real
-from .errors import CalibrationError
-from .gates import LayerCalls, observe, record_calls, resume_at
+from .calibration import Calibrator, Moments, select_real
+from .errors import CalibrationError, ConfigError
+from .gates import LayerCalls, masked_columns, observe, record_calls, resume_at
 from .masks import PruningMask
 from .surgery import cut_layer
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, kept_columns, output_matrix, projection
 
-Recovery = Literal["lstsq", "scale"]
+Recovery = Literal["lstsq", "scale", "bias"]
 
 
 class NormalEquations:
@@ -130,18 +130,24 @@ def reconstruct(
 ) -> None:
     """Refit the output projections of a model to a mask, in place. Weights change only when all are solved.
 
+    For all but `"bias"`, a dropped layer is part of the teacher, and the pruned layers above it make up for it.
+
     Args:
         model (`PreTrainedModel`): The dense model. It is its own teacher.
         units ([`PrunableUnits`]): Its units.
         mask ([`PruningMask`]): What stays.
         calibrator ([`Calibrator`]): The data.
-        recover (`"lstsq"` or `"scale"`, *optional*, defaults to `"lstsq"`): [`ridge_solve`] or [`scale_solve`].
+        recover (`"lstsq"`, `"scale"` or `"bias"`, *optional*, defaults to `"lstsq"`): [`ridge_solve`],
+            [`scale_solve`] or [`compensate`].
         ridge (`float`, *optional*, defaults to 1e-4): See [`ridge_solve`].
         calls (`list`, *optional*): What [`Calibrator.collect`] recorded on this model; saves a pass.
 
     Raises:
         CalibrationError: Fewer real tokens than kept units, or NaN or Inf; the message names the layer.
     """
+    if recover == "bias":
+        compensate(model, units, mask, calibrator)
+        return
     base = base_model(model)
     if calls is None:
         calls = calibrator.collect({}, "record layers", record=True)
@@ -163,6 +169,47 @@ def reconstruct(
                     walk.leave(small if mask[walk.stack][index] else None)
         for name, solution in solutions.items():
             solution.write(projection(base, name))
+
+
+def compensate(
+    model: PreTrainedModel,
+    units: PrunableUnits,
+    mask: PruningMask,
+    calibrator: Calibrator,
+    moments: Mapping[str, Moments] | None = None,
+) -> None:
+    """Let the biases of the output projections take over the mean of what is pruned: b += W_pruned·E[x_pruned] (FLAP).
+
+    E is over the real tokens, on the model as it is before heads and neurons go. There each projection keeps its mean
+    output, and where the pruned inputs are constant, its output.
+
+    Args:
+        model, units, mask, calibrator: As for [`reconstruct`].
+        moments (`dict[str, Moments]`, *optional*): Of the inputs of each site; save a pass.
+
+    Raises:
+        ConfigError: A projection has no bias.
+        CalibrationError: A result is NaN or infinite; the message names the layer.
+    """
+    base, biases = base_model(model), {}
+    pruned = {group.name: columns for group, columns in masked_columns(model, units, mask) if not mask.drops(group)}
+    for name in pruned:
+        if projection(base, name).bias is None:
+            raise ConfigError(f"{name} has no bias that could be compensated: use recover='lstsq'.")
+    if moments is None:
+        sites = {name: projection(base, name) for name in pruned}
+        moments = {name: Moments(features(module)[0], module.weight.device) for name, module in sites.items()}
+        calibrator.collect(moments, "mean inputs")
+    for name, columns in pruned.items():
+        module, mean = projection(base, name), moments[name].mean
+        columns = columns.to(mean.device)
+        lost = mean[columns] @ output_matrix(module).detach()[columns].double()
+        biases[name] = (module.bias.detach().double() + lost).to(module.bias.dtype)
+        if not biases[name].isfinite().all():
+            raise CalibrationError(f"The compensated bias of {name} is not finite: set recover='none'.")
+    with torch.no_grad():
+        for name, bias in biases.items():
+            projection(base, name).bias.copy_(bias)
 
 
 @dataclass(frozen=True)
@@ -280,16 +327,19 @@ class Walk:
             small (`nn.Module`): The student's layer, cut at this site and below. Its projection is updated.
             group ([`UnitGroup`]): The site.
             keep (`torch.Tensor`): bool of shape (units,), how it was cut.
-            recover, ridge: See [`reconstruct`].
+            recover, ridge: See [`reconstruct`]. `"bias"` keeps the mean output, given all below.
         """
         module = projection(small, _inside(group))
         equations = self._accumulate(small, module, group)
-        if recover == "scale":
+        old, bias = output_matrix(module).detach().double(), None
+        if recover == "lstsq":
+            weight, bias = ridge_solve(equations, old, module.bias, ridge)
+        elif recover == "bias":
+            weight, bias = old, (equations.target_sum - equations.feature_sum @ old) / equations.count
+        else:
             if module.bias is not None:
                 equations.cross -= equations.feature_sum.outer(module.bias.double())
-            weight, bias = scale_solve(equations, output_matrix(module).detach(), group.width), None
-        else:
-            weight, bias = ridge_solve(equations, output_matrix(module).detach(), module.bias, ridge)
+            weight = scale_solve(equations, old, group.width)
         if not weight.isfinite().all():
             raise CalibrationError(
                 f"The reconstruction of {group.name} is not finite: give more data, or set recover='none'."

@@ -114,7 +114,7 @@ def unit_rows(units: PrunableUnits, mask: PruningMask) -> list[dict[str, Any]]:
             "stack": g.stack,
             "layer": g.layer,
             "size": g.size,
-            "kept": int(mask[g.name].sum()),
+            "kept": 0 if mask.drops(g) else int(mask[g.name].sum()),
         }
         for g in units.values()
     ]

@@ -61,6 +61,24 @@ def check_budget(budget: Any) -> None:
             )
 
 
+def check_floor(table: CostTable, limits: Mapping[Metric, float], least: Costs, how: str) -> None:
+    """Raise if the least that a way of pruning can reach is above a limit; `how` names it.
+
+    Raises:
+        InfeasibleBudgetError: It is; the message names the nearest feasible budget.
+    """
+    dense = table.of()
+    for metric, limit in limits.items():
+        if least[metric] > limit:
+            ratio = math.ceil(least[metric] / dense[metric] * 1e4) / 1e4
+            lengths = ", ".join(f"{n:.4g}" for n in table.lengths.values())
+            raise InfeasibleBudgetError(
+                f"A budget of {limit:,.0f} {metric} ({limit / dense[metric]:.4f} of the dense one) can't be met by "
+                f"{how} (n = {lengths} tokens): the least is {least[metric]:,.0f}, nearest feasible budget "
+                f"{{{metric!r}: {ratio}}}."
+            )
+
+
 @dataclass(frozen=True)
 class _Blocks:
     """What can be added to a mask: runs of units of one group, best first, flattened over the groups."""
@@ -88,6 +106,8 @@ class Selector:
             them).
         exclude (`tuple[str, ...]`, *optional*): Shell patterns of group names that stay whole.
         config (`PreTrainedConfig`, *optional*): Config of the model, for `"uniform"`.
+        base ([`PruningMask`], *optional*): Layers that are dropped already: they cost nothing, and their units do not
+            compete.
 
     Raises:
         ConfigError: An option is wrong, or there is nothing left to prune.
@@ -104,12 +124,15 @@ class Selector:
         multiple_of: int = 1,
         exclude: tuple[str, ...] = (),
         config: Any = None,
+        base: PruningMask | None = None,
     ) -> None:
         self.table, self.units = table, table.units
-        self.dense = table.of()
+        self.base = base if base is not None else PruningMask({}, self.units)
+        self.dense, self.most = table.of(), table.of(self.base)
         self.limits = resolve_budget(budget, self.dense)
         excluded = self.units.matching(exclude)
-        self.groups = [g for g in self.units.of_kind(*kinds) if g.prunable and g.size and g.name not in excluded]
+        present = [g for g in self.units.of_kind(*kinds) if not self.base.drops(g)]
+        self.groups = [g for g in present if g.prunable and g.size and g.name not in excluded]
         self.multiple_of, self.allocation = multiple_of, allocation
         if allocation == "uniform":
             self.classes = self._uniform_classes(config)
@@ -120,7 +143,8 @@ class Selector:
             least = self._costs({g.name: min(self._step(g), g.size) for g in self.groups})
         if not self.groups:
             raise ConfigError(self._nothing_left(kinds, excluded))
-        self._check_floor(least)
+        what = " and ".join(sorted({group.kind for group in self.groups}))
+        check_floor(table, self.limits, least, f"pruning {what} with {allocation} allocation")
 
     def select(
         self, scores: Mapping[str, torch.Tensor], decided: Mapping[str, torch.Tensor] | None = None
@@ -206,9 +230,9 @@ class Selector:
         )
         cost = unit[blocks.group] * blocks.count[:, None]
         limit = torch.tensor(list(self.limits.values()), dtype=torch.float64)
-        dense = torch.tensor([self.dense[m] for m in self.limits], dtype=torch.float64)
+        most = torch.tensor([self.most[m] for m in self.limits], dtype=torch.float64)
         sizes = torch.tensor([[g.size] for g in self.groups], dtype=torch.float64)
-        least = dense - (unit * sizes).sum(0) + cost[blocks.first].sum(0)
+        least = most - (unit * sizes).sum(0) + cost[blocks.first].sum(0)
         return cost, limit, limit * (1 + slack) - least
 
     def _counts(self, blocks: _Blocks, taken: torch.Tensor) -> dict[str, int]:
@@ -218,7 +242,7 @@ class Selector:
         return {group.name: int(n) for group, n in zip(self.groups, counts, strict=True)}
 
     def _mask(self, values: Mapping[str, torch.Tensor], counts: Mapping[str, int]) -> PruningMask:
-        keep = {}
+        keep = {**self.base}
         for group in self.groups:
             best = values[group.name].sort(descending=True, stable=True).indices[: counts[group.name]]
             keep[group.name] = torch.zeros(group.size, dtype=torch.bool).index_fill(0, best, True)
@@ -236,22 +260,10 @@ class Selector:
     def _costs(self, counts: Mapping[str, int]) -> Costs:
         """Costs when the groups in `counts` keep that many units, and the others all."""
         lost = (self.table.unit[name] * (self.units[name].size - count) for name, count in counts.items())
-        return self.dense - sum(lost, Costs())
+        return self.most - sum(lost, Costs())
 
     def _fits(self, costs: Costs) -> bool:
         return all(costs[metric] <= limit for metric, limit in self.limits.items())
-
-    def _check_floor(self, least: Costs) -> None:
-        for metric, limit in self.limits.items():
-            if least[metric] > limit:
-                ratio = math.ceil(least[metric] / self.dense[metric] * 1e4) / 1e4
-                lengths = ", ".join(f"{n:.4g}" for n in self.table.lengths.values())
-                what = " and ".join(sorted({group.kind for group in self.groups}))
-                raise InfeasibleBudgetError(
-                    f"A budget of {limit:,.0f} {metric} ({limit / self.dense[metric]:.4f} of the dense one) can't be "
-                    f"met by pruning {what} ({self.allocation} allocation, n = {lengths} tokens): the least is "
-                    f"{least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
-                )
 
     # Global
 
@@ -301,7 +313,8 @@ class Selector:
         classes: dict[str, tuple[list[UnitGroup], list[int]]] = {}
         for stack in self.units.stacks.values():
             for kind, attribute in (("heads", stack.config_heads), ("neurons", stack.config_neurons)):
-                members = [g for g in self.units.of_kind(kind) if g.stack == stack.layers]  # type: ignore[arg-type]
+                of_kind = self.units.of_kind(kind)  # type: ignore[arg-type]
+                members = [g for g in of_kind if g.stack == stack.layers and not self.base.drops(g)]
                 chosen = [g for g in members if g.name in names]
                 if not attribute or not chosen:
                     continue

@@ -226,6 +226,9 @@ class TestInspect:
         assert sorted(lowest) == known_pruners()
         for name, ratio in lowest.items():
             kinds = get_pruner(name).kinds
+            if kinds == ("layers",):
+                assert 0 <= ratio - 1 / 3 <= 1e-4  # one of three
+                continue
             Selector(CostTable(model), {"macs": ratio}, kinds)
             with pytest.raises(InfeasibleBudgetError):
                 Selector(CostTable(model), {"macs": ratio - 2e-4}, kinds)
@@ -245,7 +248,9 @@ class TestInspect:
     def test_units_that_stay(self, run, tmp_path):
         folder = save_tiny(tmp_path, "t5", tokenizer=False)
         lowest = json.loads(run("inspect", folder, "--json")[1])["lowest_macs"]
-        assert len(set(lowest.values())) == 1  # methods that prune heads elsewhere get no further than the others
+        assert (
+            len({ratio for name, ratio in lowest.items() if name != "layer_drop"}) == 1
+        )  # methods that prune heads elsewhere get no further than the others
         out = run("inspect", folder)[1]
         assert "layer.1.EncDecAttention.o  4 a layer (fixed)" in out
         assert "\nt5: feed-forward neurons and layers; its heads share one position bias and stay.\n" in out
@@ -348,6 +353,17 @@ class TestPrune:
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         assert model.dtype == torch.bfloat16 and not hasattr(model.config, "hf_prune")
         assert model.num_parameters() < AutoModelForCausalLM.from_pretrained(llama).num_parameters()
+
+    def test_layers_are_dropped_first(self, run, dense, texts, tmp_path):
+        argv = ["--method", "magnitude", "--budget", "macs=0.6", "--drop-layers", 1, "--output", tmp_path / "out"]
+        done = json.loads(run("prune", dense, *argv, "--dataset", texts, "--json")[1])
+        assert done["config"]["drop_layers"] == 1 and done["after"]["macs"] <= 0.6 * done["before"]["macs"]
+        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_hidden_layers == 2
+        assert mask_of(tmp_path / "out").kept("layers") == 2
+        code, out, err = run("prune", dense, *argv)
+        assert (code, out) == (2, "") and "--drop-layers needs calibration data" in err
+        code, out, err = run("prune", dense, *argv, "--set", "drop_layers=1")
+        assert (code, out) == (2, "") and "drop_layers has a place of its own: --drop-layers" in err
 
     def test_standalone(self, run, dense, tmp_path):
         argv = ["--method", "magnitude", "--budget", "macs=0.7", "--standalone", "--output", tmp_path / "out"]

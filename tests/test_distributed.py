@@ -24,6 +24,9 @@ state = hf_prune.calibration.process_state()
 CONFIGS = {
     "kcm": hf_prune.KCMConfig(budget={"macs": 0.85}),
     "magnitude": hf_prune.MagnitudeConfig(budget={"macs": 0.8}),
+    "flap": hf_prune.FLAPConfig(budget={"macs": 0.8}),
+    "layer_drop": hf_prune.LayerDropConfig(budget={"macs": 0.75}),
+    "shallow": hf_prune.MagnitudeConfig(budget={"macs": 0.6}, drop_layers=1, recover="lstsq"),
     "random": hf_prune.RandomConfig(budget={"macs": 0.8}, seed=1),
     "fisher": hf_prune.FisherConfig(budget={"macs": 0.8}),
     "fisher-paper": hf_prune.FisherConfig(budget={"macs": 0.8}, per_sample=True, recover="scale"),
@@ -60,7 +63,7 @@ def test_two_processes_agree_with_one(tmp_path):
         done = subprocess.run([*command, script, tmp_path], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     runs = {path.name[: -len("-1-0")] for path in tmp_path.glob("*-1-0")}
-    assert len(runs) == 20
+    assert len(runs) == 32
     for run in runs:
         one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
         assert one[0] == first[0] == second[0]

@@ -246,3 +246,42 @@ def test_too_few_tokens_are_an_error_and_change_nothing():
 def test_options_out_of_range(option):
     with pytest.raises(ConfigError, match=next(iter(option))):
         KPruneConfig(budget={"macs": 0.5}, **option)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_a_dropped_layer_is_the_teachers_alone(name):
+    """Depth first: the mask is that of the shortened model, the refit aims at the model with all its layers."""
+    batches = [tiny_batch(name, size=24, padded=True, seed=seed) for seed in range(3)]
+    outputs = {}
+    with torch.no_grad():
+        dense = tiny_model(name)(**batches[0]).logits
+        for recover in ("lstsq", "none"):
+            model = tiny_model(name)
+            config = KPruneConfig(budget={"macs": 0.6}, mu=8.0, drop_layers=1, recover=recover)
+            result = hf_prune.prune(model, config, batches)
+            assert result.mask.total("layers") - result.mask.kept("layers") == 1
+            assert hf_prune.current_mask(model) == result.mask
+            masked = model(**batches[0]).logits
+            outputs[recover] = hf_prune.shrink(model)(**batches[0]).logits
+            assert torch.allclose(outputs[recover], masked, atol=1e-4)
+    assert (outputs["lstsq"] - dense).norm() < (outputs["none"] - dense).norm()
+
+
+def test_refits_of_the_bias_keep_the_mean_output():
+    model, batches = tiny_model("bert"), [tiny_batch("bert", size=8, padded=True, seed=seed) for seed in range(3)]
+    weights = [p.clone() for name, p in model.named_parameters() if name.endswith("output.dense.weight")]
+    hf_prune.prune(model, KPruneConfig(budget={"macs": 0.6}, mu=8.0, recover="bias"), batches)
+    after = [p for name, p in model.named_parameters() if name.endswith("output.dense.weight")]
+    assert all(torch.equal(a, b) for a, b in zip(weights, after, strict=True))
+    plain = tiny_model("bert")
+    hf_prune.prune(plain, KPruneConfig(budget={"macs": 0.6}, mu=8.0, recover="none"), batches)
+    name = "encoder.layer.0.attention.output.dense"
+    means = []
+    for one in (tiny_model("bert"), model, plain):
+        rows = []
+        for batch in batches:
+            with torch.no_grad(), observe(one.base_model, {}, {name: rows.append}):
+                one(**batch)
+            rows[-1] = rows[-1][batch["attention_mask"].bool()]
+        means.append(torch.cat(rows).mean(0))
+    assert torch.allclose(means[0], means[1], atol=1e-5) and not torch.allclose(means[0], means[2], atol=1e-3)

@@ -7,7 +7,15 @@ import torch
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 import hf_prune
-from hf_prune import FisherConfig, KCMConfig, KPruneConfig, MagnitudeConfig, RandomConfig
+from hf_prune import (
+    FisherConfig,
+    FLAPConfig,
+    KCMConfig,
+    KPruneConfig,
+    LayerDropConfig,
+    MagnitudeConfig,
+    RandomConfig,
+)
 
 # One row a method: what it is called with, and the budget that every family can meet.
 METHODS = {
@@ -21,8 +29,13 @@ METHODS = {
     "kprune": KPruneConfig(budget={"macs": 0.8}),
     "kprune-paper": KPruneConfig(budget={"params": 0.85}, kpred="paper", recover="scale"),
     "kcm-paper": KCMConfig(budget={"macs": 0.85}, r2="iterated", recover="scale"),
+    "kprune-shallow": KPruneConfig(budget={"macs": 0.6}, drop_layers=1),
+    "kcm-shallow": KCMConfig(budget={"macs": 0.63}, drop_layers=1),
+    "flap": FLAPConfig(budget={"macs": 0.7}),
+    "flap-shallow": FLAPConfig(budget={"params": 0.75, "macs": 0.6}, drop_layers=1),
+    "layer-drop": LayerDropConfig(budget={"macs": 0.75}),
 }
-FREE = ("magnitude", "magnitude-uniform", "random", "random-multiple")
+FREE = ("magnitude", "magnitude-uniform", "random", "random-multiple", "flap", "flap-shallow")
 
 
 def logits(model, batch):
@@ -47,9 +60,15 @@ def test_pruned_is_shrunk_is_within_the_budget(method, name):
     limits = {m: ratio * result.report.before[m] for m, ratio in config.budget.items()}
     for metric, limit in limits.items():
         assert result.report.after[metric] <= limit
+    table = hf_prune.CostTable(model, hf_prune.prunable_units(model), **lengths)
+    if method == "layer-drop":  # no layer could have stayed
+        for stack in table.units.stacks:
+            for index in (~result.mask[stack]).nonzero().flatten():
+                back = torch.arange(table.units[stack].size) == index
+                more = hf_prune.PruningMask({**result.mask, stack: result.mask[stack] | back}, table.units)
+                assert any(table.of(more)[m] > limit for m, limit in limits.items())
     # Fisher's search fills the budget with neurons behind the heads it takes: only they are at their limit.
     if config.allocation == "global" and config.multiple_of == 1:
-        table = hf_prune.CostTable(model, hf_prune.prunable_units(model), **lengths)
         kinds = ("heads", "neurons") if method in FREE else ("neurons",)
         pruned = [g for g in table.units.of_kind(*kinds) if not result.mask[g.name].all()]
         assert not any(
@@ -60,7 +79,7 @@ def test_pruned_is_shrunk_is_within_the_budget(method, name):
     assert (logits(model, batches[0]) - masked).abs().max() <= 1e-5 * masked.abs().max().clamp_min(1)
     assert sum(p.numel() for p in model.parameters()) == result.report.after["params"] < before
     assert hf_prune.model_costs(model, **lengths).macs == pytest.approx(result.report.after["macs"])
-    if config.allocation == "uniform":
+    if config.allocation == "uniform" or method == "layer-drop":
         assert not hasattr(model.config, "hf_prune")
 
 

@@ -14,7 +14,7 @@ LEVELS = [
     ["errors", "architectures"],
     ["units", "masks"],
     ["gates", "surgery", "layout", "costs", "batches", "divergence"],
-    ["calibration", "selection", "reconstruction"],
+    ["calibration", "selection", "reconstruction", "depth"],
     ["methods", "report"],
     ["pruning", "benchmark", "metrics", "plots"],
     ["hub", "modeling", "verification"],

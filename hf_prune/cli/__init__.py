@@ -254,6 +254,14 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         help="the same for a decoder that follows an encoder; default: as above",
     )
     parser.add_argument(
+        "--drop-layers",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="first drop the N layers that change the hidden states of the data least, at least 1; the budget counts "
+        "them as gone; default: none",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("auto", "float32", "bfloat16", "float16"),
         default="auto",

@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 from ..architectures import AttentionSpec, StackSpec
 from ..benchmark import si_scale
 from ..costs import CostTable
+from ..depth import droppable
 from ..masks import PruningMask
 from ..methods import get_pruner, known_pruners
-from ..units import Kind, UnitGroup, base_model, head_counts
+from ..units import Kind, PrunableUnits, UnitGroup, base_model, head_counts
 from .loading import how_it_loads, load_model, loading_sentence, resolve
 
 
@@ -83,13 +84,18 @@ def _heads_per_unit(model: PreTrainedModel, group: UnitGroup) -> int:
 
 
 def _lowest_macs(table: CostTable) -> dict[str, float]:
-    """For each method the smallest ratio that `--budget macs=` can ask for: one unit stays in every layer."""
+    """For each method the smallest ratio that `--budget macs=` can ask for: one unit a layer stays, or one layer."""
     lowest = {}
     for name in known_pruners():
         groups = [g for g in table.units.of_kind(*get_pruner(name).kinds) if g.prunable and g.size]
-        floor = PruningMask({g.name: torch.arange(g.size) == 0 for g in groups}, table.units)
+        floor = PruningMask({g.name: _fewest(g, table.units) for g in groups}, table.units)
         lowest[name] = math.ceil(1e4 * table.of(floor).macs / table.of().macs) / 1e4
     return lowest
+
+
+def _fewest(group: UnitGroup, units: PrunableUnits) -> torch.Tensor:
+    stays = [0] if group.kind != "layers" else sorted({*range(group.size)} - {*droppable(units)[group.name]}) or [0]
+    return torch.zeros(group.size, dtype=torch.bool).index_fill(0, torch.tensor(stays), True)
 
 
 def _text(found: dict[str, Any]) -> str:

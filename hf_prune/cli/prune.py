@@ -39,8 +39,9 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     except ConfigError as error:
         args.error(str(error))
     output = Path(args.output).expanduser()
-    if args.dataset is None and get_pruner(args.method).needs_data:
-        args.error(f"{args.method} needs calibration data: give examples like those of the task with --dataset")
+    if args.dataset is None and (get_pruner(args.method).needs_data or args.drop_layers):
+        who = args.method if get_pruner(args.method).needs_data else "--drop-layers"
+        args.error(f"{who} needs calibration data: give examples like those of the task with --dataset")
     if output.exists() and not output.is_dir():
         args.error(f"--output {output} is a file: give a folder")
     if output.resolve() == Path(name).resolve():

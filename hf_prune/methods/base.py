@@ -4,18 +4,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from transformers import PreTrainedModel
 
-from ..calibration import Calibrator
+from ..calibration import Calibrator, Moments
 from ..costs import DEFAULT_LENGTH, CostTable
 from ..errors import ConfigError, unknown
-from ..gates import LayerCalls
+from ..gates import LayerCalls, current_mask, remove_mask
 from ..masks import PruningMask
-from ..reconstruction import reconstruct
+from ..reconstruction import Recovery, compensate, reconstruct
 from ..selection import Allocation, Selector, check_budget
-from ..units import Kind, PrunableUnits
+from ..units import Kind, PrunableUnits, site
+
+Recover = Recovery | Literal["none"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class PruningConfig:
         sequence_length (`float`, *optional*): Tokens per example for MACs. Defaults to the mean of the calibration
             data, to 128 without data.
         target_length (`float`, *optional*): The same for a decoder that follows an encoder.
+        drop_layers (`int`, *optional*, defaults to 0): How many layers to drop first, those of the lowest Block
+            Influence on the calibration data. The budget counts them as gone, and the method prunes the others. A
+            layer with a group in `exclude` stays.
 
     Raises:
         ConfigError: An option is out of range.
@@ -61,10 +66,13 @@ class PruningConfig:
     exclude: tuple[str, ...] = ()
     sequence_length: float | None = None
     target_length: float | None = None
+    drop_layers: int = 0
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         self.check_choice("allocation", ("global", "uniform"))
+        if type(self.drop_layers) is not int or self.drop_layers < 0:
+            raise ConfigError(f"drop_layers must be a whole number of at least 0, got {self.drop_layers!r}.")
         if type(self.multiple_of) is not int or self.multiple_of < 1:
             raise ConfigError(f"multiple_of must be a whole number of at least 1, got {self.multiple_of!r}.")
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
@@ -112,16 +120,21 @@ class RecoverableConfig(PruningConfig):
     """Options of methods that can end with a refit of the kept weights. See [`PruningConfig`] for the others.
 
     Args:
-        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"none"`): How the kept output weights are
-            refitted to the dense model on the calibration data: exact least squares, one factor per unit, or not at
-            all. See [`~hf_prune.reconstruct`].
+        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"none"`): How the kept output
+            weights are refitted to the dense model on the calibration data: exact least squares, one factor per unit,
+            the bias alone, which takes over the mean of what is pruned, or not at all. Where the model has projections
+            without a bias (Llama), least squares takes the place of `"bias"`. See [`~hf_prune.reconstruct`].
+        ridge (`float`, *optional*, defaults to 1e-4): How firmly least squares holds on to the old weights, as a share
+            of the mean square of the inputs.
     """
 
-    recover: Literal["lstsq", "scale", "none"] = "none"
+    recover: Recover = "none"
+    ridge: float = 1e-4
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_choice("recover", ("lstsq", "scale", "none"))
+        self.check_positive("ridge")
+        self.check_choice("recover", (*get_args(Recovery), "none"))
 
 
 C = TypeVar("C", bound=PruningConfig)
@@ -159,8 +172,8 @@ class Pruner(ABC, Generic[C]):
         """Decide what stays.
 
         Args:
-            model (`PreTrainedModel`): The model, unmasked. Weight values may change, as the last step, once nothing
-                can fail.
+            model (`PreTrainedModel`): The model, without the layers of `drop_layers` (it carries a mask that skips
+                them) and otherwise dense. Weight values may change, as the last step, once nothing can fail.
             units ([`PrunableUnits`]): Its units.
             calibrator ([`Calibrator`], *optional*): The data, `None` only where `needs_data` is `False`.
         """
@@ -172,12 +185,38 @@ class Pruner(ABC, Generic[C]):
         mask: PruningMask,
         calibrator: Calibrator | None,
         calls: list[dict[str, LayerCalls]] | None = None,
+        moments: Mapping[str, Moments] | None = None,
     ) -> None:
-        """Refit the kept weights as the config says: the last step of [`~Pruner.prune`]."""
+        """Refit the kept weights as the config says: the last step of [`~Pruner.prune`].
+
+        `calls` and `moments` of the method's own pass over the data save one here.
+        """
+        recover = self.recovery(model, units)
+        if recover == "none":
+            return
+        assert calibrator is not None
+        if recover == "bias":
+            compensate(model, units, mask, calibrator, moments)
+            return
+        dropped = current_mask(model)
+        if dropped is not None:  # the teacher has all layers, and what it hands to a decoder is the dense encoder's
+            mask, calls = mask & dropped, None
+            remove_mask(model)
+        assert isinstance(self.config, RecoverableConfig)
+        reconstruct(model, units, mask, calibrator, recover, ridge=self.config.ridge, calls=calls)
+
+    def recovery(self, model: PreTrainedModel, units: PrunableUnits) -> Recover:
+        """How this model will be refitted: `recover` of the config, or least squares where it lacks the biases."""
         recover = self.config.recover if isinstance(self.config, RecoverableConfig) else "none"
-        if recover != "none":
-            assert calibrator is not None
-            reconstruct(model, units, mask, calibrator, recover, calls=calls)
+        sites = (site(model, group) for group in units.of_kind(*self.kinds) if group.prunable)
+        if recover == "bias" and any(module.bias is None for module in sites):
+            self.facts["recover"] = "lstsq, as there are projections without a bias"
+            return "lstsq"
+        return recover
+
+    def walks(self, model: PreTrainedModel, units: PrunableUnits) -> bool:
+        """Whether the refit will want the calls of the layers, recorded on this model."""
+        return self.recovery(model, units) in ("lstsq", "scale") and current_mask(model) is None
 
     def cost_table(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> CostTable:
         """Costs at the lengths of the config, or else of the calibration data."""
@@ -199,6 +238,7 @@ class Pruner(ABC, Generic[C]):
             multiple_of=self.config.multiple_of,
             exclude=self.config.exclude,
             config=model.config,
+            base=current_mask(model),
         )
 
 

@@ -6,7 +6,6 @@ swapped so that their gradients cancel; the kept weights are refitted.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +14,7 @@ from ..calibration import Calibrator
 from ..errors import CalibrationError, ConfigError
 from ..masks import PruningMask
 from ..units import PrunableUnits, site
-from .base import Paper, Pruner, RecoverableConfig, register_pruner
+from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
 
 
 @dataclass(kw_only=True)
@@ -27,14 +26,13 @@ class FisherConfig(RecoverableConfig):
             writes, rather than those of batches, as its code does. The latter depend on the batch size.
         rearrange (`bool`, *optional*, defaults to `True`): Swap units within each layer to lower the block-diagonal
             Fisher objective (Section 4.2 of the paper).
-        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output weights are
-            refitted to the dense model: exact least squares, one factor per unit (the paper's mask tuning), or not at
-            all.
+        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
+            weights are refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's mask tuning.
     """
 
     per_sample: bool = False
     rearrange: bool = True
-    recover: Literal["lstsq", "scale", "none"] = "lstsq"
+    recover: Recover = "lstsq"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -15,7 +15,7 @@ from ..calibration import Calibrator, Moments
 from ..errors import CalibrationError, ConfigError
 from ..masks import PruningMask
 from ..units import PrunableUnits, output_matrix, site
-from .base import Paper, Pruner, RecoverableConfig, register_pruner
+from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
 
 
 @dataclass(kw_only=True)
@@ -36,9 +36,8 @@ class KCMConfig(RecoverableConfig):
             equally far apart.
         alpha (`float`, *optional*, defaults to 0.01): `"iterated"` stops when the relative L1 change falls to this.
         max_iterations (`int`, *optional*, defaults to 20): Cap on the updates.
-        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output weights are
-            refitted to the dense model: exact least squares, one factor per neuron (the paper's choice), or not at
-            all.
+        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
+            weights are refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's choice.
     """
 
     score: Literal["r2d2", "r2", "d2"] = "r2d2"
@@ -47,7 +46,7 @@ class KCMConfig(RecoverableConfig):
     sigma: float | Literal["median"] = 1.0
     alpha: float = 0.01
     max_iterations: int = 20
-    recover: Literal["lstsq", "scale", "none"] = "lstsq"
+    recover: Recover = "lstsq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,10 +119,9 @@ class KCMPruner(Pruner[KCMConfig]):
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None
-        config = self.config
         selector = self.selector(model, units, calibrator)
         moments = {g.name: Moments(g.size, site(model, g).weight.device) for g in selector.groups}
-        calls = calibrator.collect(moments, "score neurons", record=config.recover != "none")
+        calls = calibrator.collect(moments, "score neurons", record=self.walks(model, units))
 
         scores, energy = {}, {}
         for group in selector.groups:
@@ -136,7 +134,7 @@ class KCMPruner(Pruner[KCMConfig]):
         plain = selector.select(energy)
         self.facts["shared_with_norm_times_rms"] = round((mask & plain).kept("neurons") / mask.kept("neurons"), 4)
 
-        self.recover(model, units, mask, calibrator, calls)
+        self.recover(model, units, mask, calibrator, calls, moments)
         return mask
 
     def _score(self, vectors: torch.Tensor, moment: Moments, name: str) -> torch.Tensor:

@@ -20,12 +20,12 @@ from ..batches import Batch
 from ..calibration import Calibrator, mask_gradients, select_real
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
-from ..gates import resume_at
+from ..gates import apply_mask, current_mask, detach_gate, remove_mask, resume_at
 from ..masks import PruningMask
 from ..reconstruction import Solution, walks
 from ..surgery import cut_layer
 from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, site
-from .base import Paper, Pruner, RecoverableConfig, register_pruner
+from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
 
 
 @dataclass(kw_only=True)
@@ -43,8 +43,8 @@ class KPruneConfig(RecoverableConfig):
             nothing is pruned, so that K_rep alone decides on the first sub-layer.
         seed (`int`, *optional*, defaults to 0): Of the random directions which stand for the second-order term where
             there are more than three classes (a language model's vocabulary), or several predictions an example.
-        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output weights are
-            refitted to the dense model after each sub-layer: exact least squares, one factor per unit, or not at all.
+        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
+            weights are refitted to the dense model after each sub-layer, see [`RecoverableConfig`].
     """
 
     gamma: float = 2.0
@@ -52,7 +52,7 @@ class KPruneConfig(RecoverableConfig):
     mu: float = 64.0
     kpred: Literal["fisher", "paper"] = "fisher"
     seed: int = 0
-    recover: Literal["lstsq", "scale", "none"] = "lstsq"
+    recover: Recover = "lstsq"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,9 +81,13 @@ class KPrunePruner(Pruner[KPruneConfig]):
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None
-        config, selector = self.config, self.selector(model, units, calibrator)
+        selector, recover = self.selector(model, units, calibrator), self.recovery(model, units)
         names = [g.name for g in units.values() if g in selector.groups]
-        student = _Student(calibrator, config)
+        dropped = current_mask(model)
+        remove_mask(model)
+        student = _Student(calibrator, self.config)  # recorded with all layers: they are the teacher's
+        if dropped is not None:
+            apply_mask(model, dropped)
         decided: dict[str, torch.Tensor] = {}
         solutions: dict[str, Solution] = {}
         with calibrator.evaluating():
@@ -92,6 +96,7 @@ class KPrunePruner(Pruner[KPruneConfig]):
                     groups = [g for g in units.of_layer(walk.stack, index) if g.name in names]
                     small = copy.deepcopy(layer) if groups else layer
                     student.reaches(walk.stack, index, walk.student)
+                    detach_gate(layer)  # of a dropped layer: the teacher has it, and the student is past it
                     walk.enter(groups)
                     try:
                         walk.layers[index] = small
@@ -101,11 +106,14 @@ class KPrunePruner(Pruner[KPruneConfig]):
                             decided[group.name] = keep
                             if not keep.all():
                                 cut_layer(small, [group], PruningMask({group.name: keep}, units))
-                                if config.recover != "none":
-                                    solutions[group.name] = walk.refit(small, group, keep, config.recover)
+                                if recover != "none":
+                                    solutions[group.name] = walk.refit(small, group, keep, recover, self.config.ridge)
                     finally:
                         walk.layers[index] = layer
-                    walk.leave(small if any(not decided[g.name].all() for g in groups) else layer)
+                    if dropped is not None and not dropped[walk.stack][index]:
+                        walk.leave(None)
+                    else:
+                        walk.leave(small if any(not decided[g.name].all() for g in groups) else layer)
                 student.reaches(walk.stack, len(walk.layers), walk.student)
             for name, solution in solutions.items():
                 solution.write(site(model, units[name]))

@@ -16,8 +16,9 @@ class MagnitudeConfig(RecoverableConfig):
     """Structured magnitude pruning. See [`PruningConfig`] for the other options.
 
     Args:
-        recover (`"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"none"`): How the kept output weights are
-            refitted to the dense model; anything but `"none"` needs calibration data.
+        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"none"`): How the kept output
+            weights are refitted to the dense model, see [`RecoverableConfig`]; all but `"none"` needs calibration
+            data.
     """
 
 
