@@ -147,9 +147,12 @@ def methods_help() -> str:
         summary = (inspect.getdoc(pruner) or "").partition("\n\n")[0]
         needs = "Needs --dataset." if pruner.needs_data else "Needs no data."
         entries = [f"  {name}: {summary} {needs}"]
-        options = (inspect.getdoc(pruner.config_class) or "").partition("Args:\n")[2].partition("\n\n")[0]
-        entries += [f"    {entry}" for entry in re.split(r"\n(?! )", dedent(options)) if entry]
-        for entry in entries:
+        explained: dict[str, str] = {}
+        for cls in pruner.config_class.__mro__[: pruner.config_class.__mro__.index(PruningConfig)]:
+            options = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
+            for entry in re.split(r"\n(?! )", dedent(options)):
+                explained.setdefault(entry.partition(" ")[0], entry)
+        for entry in [*entries, *(f"    {entry}" for entry in explained.values() if entry)]:
             indent = " " * (len(entry) - len(entry.lstrip()))
             plain = " ".join(entry.replace("`", "").replace("*optional*, ", "").split())
             lines.append(fill(plain, width, initial_indent=indent, subsequent_indent=f"{indent}    "))
