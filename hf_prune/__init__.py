@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .hub import save_pretrained as save_pretrained
     from .masks import PruningMask as PruningMask
     from .methods import (
+        AutoPruningConfig as AutoPruningConfig,
         FisherConfig as FisherConfig,
         FLAPConfig as FLAPConfig,
         KCMConfig as KCMConfig,
@@ -94,6 +95,7 @@ _MODULES = {
     "hub": ("save_pretrained",),
     "masks": ("PruningMask",),
     "methods": (
+        "AutoPruningConfig",
         "FLAPConfig",
         "FisherConfig",
         "KCMConfig",

@@ -4,11 +4,12 @@
 and sums what the processes saw, so that the result depends neither on the batch size nor on their number.
 """
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -161,8 +162,9 @@ class Calibrator:
         self._measure(batches)
         state = process_state()
         ends = [0, *accumulate(len(next(iter(batch.values()))) for batch in batches)]
+        numbers = [list(range(*pair)) for pair in pairwise(ends)]
         self._batches = batches[state.process_index :: state.num_processes]
-        self._first = ends[:-1][state.process_index :: state.num_processes]
+        self._numbers = numbers[state.process_index :: state.num_processes]
 
     def __len__(self) -> int:
         return self.samples
@@ -184,13 +186,37 @@ class Calibrator:
         for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
             yield index, send_to_device(batch, self.model.device)
 
-    def examples(self, index: int) -> range:
-        """Numbers of the examples in a batch of this process, counted over all processes."""
-        return range(self._first[index], self._first[index] + len(next(iter(self._batches[index].values()))))
+    def examples(self, index: int) -> list[int]:
+        """The numbers of the examples in a batch of this process, counted over all batches of all processes."""
+        return self._numbers[index]
 
-    def forward(self, batch: Batch) -> Any:
-        """One forward pass without a KV cache."""
-        return self.model(**batch, **({"use_cache": False} if "use_cache" in self._accepted else {}))
+    def split(self, every: int) -> tuple["Calibrator", "Calibrator"]:
+        """Two parts of the data: all examples but each `every`-th, and those.
+
+        Raises:
+            CalibrationError: There are fewer examples than `every`.
+        """
+        if self.samples < every:
+            raise CalibrationError(
+                f"To hold out every {every}th example takes at least {every} of them, the calibration data have "
+                f"{self.samples}."
+            )
+        parts = copy.copy(self), copy.copy(self)
+        for part in parts:
+            part._batches, part._numbers = [], []
+        parts[0].samples, parts[1].samples = self.samples - self.samples // every, self.samples // every
+        for batch, numbers in zip(self._batches, self._numbers, strict=True):
+            for held, part in enumerate(parts):
+                rows = [row for row, number in enumerate(numbers) if (number % every == every - 1) == held]
+                if rows:
+                    part._batches.append({name: value[rows] for name, value in batch.items()})
+                    part._numbers.append([numbers[row] for row in rows])
+        return parts
+
+    def forward(self, batch: Batch, model: PreTrainedModel | None = None) -> Any:
+        """One forward pass without a KV cache, of the calibrator's model or of another one of its class."""
+        cached = {"use_cache": False} if "use_cache" in self._accepted else {}
+        return (model if model is not None else self.model)(**batch, **cached)
 
     def collect(
         self, statistics: Mapping[str, Statistic], description: str = "calibrate", record: bool = False

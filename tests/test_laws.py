@@ -8,6 +8,7 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 
 import hf_prune
 from hf_prune import (
+    AutoPruningConfig,
     FisherConfig,
     FLAPConfig,
     KCMConfig,
@@ -19,6 +20,7 @@ from hf_prune import (
 
 # One row a method: what it is called with, and the budget that every family can meet.
 METHODS = {
+    "auto": AutoPruningConfig(budget={"macs": 0.85}, held_out=4, candidates=("magnitude", "kcm")),
     "fisher": FisherConfig(budget={"macs": 0.8}),
     "fisher-paper": FisherConfig(budget={"params": 0.85}, per_sample=True, recover="scale"),
     "magnitude": MagnitudeConfig(budget={"macs": 0.7}),

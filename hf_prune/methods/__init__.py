@@ -1,5 +1,6 @@
 """One file per one-shot method: its config, its mathematics, its pruner. Importing this package registers them all."""
 
+from .auto import AutoPruner, AutoPruningConfig
 from .base import Paper, Pruner, PruningConfig, RecoverableConfig, get_pruner, known_pruners, register_pruner
 from .fisher import FisherConfig, FisherPruner
 from .flap import FLAPConfig, FLAPPruner
@@ -10,6 +11,8 @@ from .magnitude import MagnitudeConfig, MagnitudePruner
 from .random import RandomConfig, RandomPruner
 
 __all__ = [
+    "AutoPruner",
+    "AutoPruningConfig",
     "FLAPConfig",
     "FLAPPruner",
     "FisherConfig",
