@@ -5,6 +5,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -21,8 +22,8 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
     """The most that a pruned model may cost, in absolute numbers.
 
     Args:
-        budget (`dict[str, float]`): For `"macs"`, `"params"` or `"memory"` the kept ratio, in (0, 1], or an absolute
-            whole number.
+        budget (`dict[str, float]`): For `"macs"`, `"params"`, `"memory"` or `"latency"` the kept ratio, in (0, 1], or
+            an absolute number above 1: a whole one, of milliseconds any.
         dense ([`Costs`]): Costs of the unpruned model.
 
     Raises:
@@ -34,11 +35,12 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
     for metric in METRICS:
         if metric in budget:
             value = float(budget[metric])
+            if not dense[metric]:  # all others are counted
+                raise ConfigError(f"A budget of {metric} needs CostTable(model, latency=latency_table(model)).")
             limits[metric] = value * dense[metric] if value <= 1 else value
             if limits[metric] > dense[metric]:
-                raise ConfigError(
-                    f"budget[{metric!r}] = {budget[metric]:,} is more than the {dense[metric]:,.0f} of the model."
-                )
+                whole = _amount(metric, dense[metric])
+                raise ConfigError(f"budget[{metric!r}] = {budget[metric]:,} is more than the {whole} of the model.")
     return limits
 
 
@@ -54,10 +56,15 @@ def check_budget(budget: Any) -> None:
         if metric not in METRICS:
             raise ConfigError(unknown("metric in budget", metric, METRICS))
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value <= 0 or (value > 1 and value != int(value)):
+        if not number or value <= 0 or (value > 1 and value != int(value) and metric != "latency"):
+            above = "milliseconds" if metric == "latency" else "a whole number"
             raise ConfigError(
-                f"budget[{metric!r}] must be the ratio to keep, in (0, 1], or a whole number above 1, got {value!r}."
+                f"budget[{metric!r}] must be the ratio to keep, in (0, 1], or {above} above 1, got {value!r}."
             )
+
+
+def _amount(metric: Metric, cost: float) -> str:
+    return f"{cost:,.3f} ms" if metric == "latency" else f"{cost:,.0f}"
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class _Blocks:
     group: torch.Tensor  # index of the group
     count: torch.Tensor  # units in the block
     score: torch.Tensor  # sum of their scores
+    latency: torch.Tensor  # milliseconds that the block adds to those before it
     first: torch.Tensor  # the first block of its group, always kept
 
 
@@ -193,14 +201,21 @@ class Selector:
         return values
 
     def _room(self, blocks: _Blocks, slack: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """In all metrics: the cost of each block, the limit, and what it leaves beside the first blocks."""
+        """In all metrics the cost of each block; its price for ranking; and what the first blocks leave of the limits.
+
+        Blocks of a group are taken in their order, so what a group costs is the sum of what its blocks add, although
+        its latency is not proportional to its units. The price is: the best units come first.
+        """
         unit = torch.tensor(
             [[self.table.unit[g.name][m] for m in self.limits] for g in self.groups], dtype=torch.float64
         )
         cost = unit[blocks.group] * blocks.count[:, None]
         limit = torch.tensor(list(self.limits.values()), dtype=torch.float64)
+        price = (cost / limit).mean(1).clamp_min(1e-30)  # some heads take no time at all
+        if "latency" in self.limits:
+            cost[:, list(self.limits).index("latency")] = blocks.latency
         dense = torch.tensor([self.dense[m] for m in self.limits], dtype=torch.float64)
-        return cost, limit, limit * (1 + slack) - (dense - cost[~blocks.first].sum(0))
+        return cost, price, limit * (1 + slack) - (dense - cost[~blocks.first].sum(0))
 
     def _counts(self, blocks: _Blocks, taken: torch.Tensor) -> dict[str, int]:
         counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(
@@ -226,7 +241,8 @@ class Selector:
 
     def _costs(self, counts: Mapping[str, int]) -> Costs:
         """Costs when the groups in `counts` keep that many units, and the others all."""
-        lost = (self.table.unit[name] * (self.units[name].size - count) for name, count in counts.items())
+        several = self.table.several
+        lost = (several(name, self.units[name].size) - several(name, count) for name, count in counts.items())
         return self.dense - sum(lost, Costs())
 
     def _fits(self, costs: Costs) -> bool:
@@ -238,19 +254,20 @@ class Selector:
                 ratio = math.ceil(least[metric] / self.dense[metric] * 1e4) / 1e4
                 lengths = ", ".join(f"{n:.4g}" for n in self.table.lengths.values())
                 what = " and ".join(sorted({group.kind for group in self.groups}))
+                asked, lowest = _amount(metric, limit), _amount(metric, least[metric])
                 raise InfeasibleBudgetError(
-                    f"A budget of {limit:,.0f} {metric} ({limit / self.dense[metric]:.4f} of the dense one) can't be "
+                    f"A budget of {asked} {metric} ({limit / self.dense[metric]:.4f} of the dense one) can't be "
                     f"met by pruning {what} ({self.allocation} allocation, n = {lengths} tokens): the least is "
-                    f"{least[metric]:,.0f}, nearest feasible budget {{{metric!r}: {ratio}}}."
+                    f"{lowest}, nearest feasible budget {{{metric!r}: {ratio}}}."
                 )
 
     # Global
 
     def _global_counts(self, values: Mapping[str, torch.Tensor], slack: float) -> dict[str, int]:
         blocks = self._blocks(values)
-        cost, limit, left = self._room(blocks, slack)
+        cost, price, left = self._room(blocks, slack)
 
-        density = blocks.score / (cost / limit).mean(1)
+        density = blocks.score / price
         order = density.masked_fill(blocks.first, -math.inf).sort(descending=True, stable=True).indices
         order = order[: int((~blocks.first).sum())]
         prefix = int((cost[order].cumsum(0) <= left).all(1).sum())
@@ -259,16 +276,20 @@ class Selector:
         left = left - cost[order[:prefix]].sum(0)
         # What the next best unit leaves of the budget goes to the best of the cheaper ones, one group after another.
         rest = order[prefix:]
-        while len(rest := rest[(cost[rest] <= left).all(1)]):
-            following = _first_of_each(blocks.group[rest])
-            best = rest[following][density[rest[following]].argmax()]
-            taken[best] = True
-            left = left - cost[best]
-            rest = rest[rest != best]
+        while len(rest):
+            following = rest[_first_of_each(blocks.group[rest])]
+            following = following[(cost[following] <= left).all(1)]
+            if len(following):
+                best = following[density[following].argmax()]
+                taken[best] = True
+                left = left - cost[best]
+                rest = rest[rest != best]
+            rest = rest[torch.isin(blocks.group[rest], blocks.group[following])]
         return self._counts(blocks, taken)
 
     def _blocks(self, values: Mapping[str, torch.Tensor]) -> _Blocks:
-        group, count, score, first = [], [], [], []
+        group, count, score, latency, first = [], [], [], [], []
+        times = self.table.latency.units if self.table.latency is not None else None
         for index, g in enumerate(self.groups):
             step = self._step(g)
             full = max(g.size // step, 1)
@@ -277,8 +298,10 @@ class Selector:
             group.append(torch.full((len(runs),), index))
             count.append(torch.tensor([len(run) for run in runs]))
             score.append(torch.stack([run.sum() for run in runs]) if step > 1 else torch.cat(runs))
+            ms = torch.from_numpy(times[g.name]) if times else torch.zeros(g.size + 1)
+            latency.append(ms[torch.tensor([0, *accumulate(sizes)])].diff())
             first.append(torch.arange(len(runs)) == 0)
-        return _Blocks(*(torch.cat(column) for column in (group, count, score, first)))
+        return _Blocks(*(torch.cat(column) for column in (group, count, score, latency, first)))
 
     # Uniform
 

@@ -46,7 +46,7 @@ def test_pruned_is_shrunk_is_within_the_budget(method, name):
     for metric, limit in limits.items():
         assert result.report.after[metric] <= limit
     # Fisher's search fills the budget with neurons behind the heads it takes: only they are at their limit.
-    if config.allocation == "global" and config.multiple_of == 1:
+    if config.allocation == "global" and config.multiple_of is None:
         table = hf_prune.CostTable(model, hf_prune.prunable_units(model), **lengths)
         kinds = ("heads", "neurons") if method in FREE else ("neurons",)
         pruned = [g for g in table.units.of_kind(*kinds) if not result.mask[g.name].all()]

@@ -13,7 +13,7 @@ ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
     ["errors", "architectures"],
     ["units", "masks"],
-    ["gates", "surgery", "layout", "costs", "batches"],
+    ["gates", "surgery", "layout", "costs", "batches", "timing", "latency"],
     ["calibration", "selection", "reconstruction"],
     ["methods", "report"],
     ["pruning", "benchmark", "metrics", "plots"],
