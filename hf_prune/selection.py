@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from .costs import METRICS, Costs, CostTable, Metric
 from .errors import CalibrationError, ConfigError, InfeasibleBudgetError, unknown
@@ -384,7 +385,7 @@ def _stock_head_counts(config: Any, stack: Any, group: UnitGroup, size: int) -> 
                 setattr(candidate, stack.config_kv_heads, count)
             setattr(candidate, stack.config_head_dim, head_dim)
             type(candidate).from_dict(candidate.to_dict())
-        except ValueError:
+        except (ValueError, StrictDataclassError):
             continue
         accepted.append(count)
     return accepted
