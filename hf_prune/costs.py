@@ -100,6 +100,8 @@ class CostTable:
             if length is not None and not 0 < length < float("inf"):
                 raise ConfigError(f"{name} must be a positive number of tokens, got {length!r}.")
         self.units = units if units is not None else prunable_units(model)
+        if latency is not None and not latency.fits(self.units):
+            raise ConfigError("The table of latency is for another model: measure this one with latency_table(model).")
         self.latency = latency
         base = base_model(model)
         self.lengths: dict[str, float] = {}

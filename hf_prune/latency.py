@@ -117,6 +117,13 @@ class LatencyTable:
             rows.append(f"{block.names[0]}{several}, ms by {block.kind}:  {points}")
         return "\n".join(rows)
 
+    def fits(self, units: PrunableUnits) -> bool:
+        """Whether it is for a model with these units."""
+        sizes = {name: len(curve) - 1 for name, curve in self.units.items()}
+        layers = {stack: len(times) for stack, times in self.layers.items()}
+        prunable = {g.name: g.size for g in units.of_kind("heads", "neurons") if g.prunable and g.size}
+        return sizes == prunable and layers == {stack: units[stack].size for stack in units.stacks}
+
     @property
     def where(self) -> str:
         """The setting in words."""
@@ -150,8 +157,8 @@ class LatencyTable:
                 blocks.append(BlockTimes(names, block["kind"], counts, ms))
             numbers = (float(data["rest"]), float(data["measured"]))
             table = cls(dict(data["setting"]), tuple(blocks), dict(data["layers"]), *numbers, data["multiple_of"])
-            if not (0 < table.total < math.inf and 0 < table.measured < math.inf):
-                raise PruningError(f"A latency of {table.total} ms.")
+            if not (0 < table.total < math.inf and 0 < table.measured < math.inf and table.multiple_of >= 1):
+                raise PruningError(f"A latency of {table.total} ms, of {table.measured} ms as a whole.")
             return table
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise PruningError(f"Not a latency table: {type(error).__name__} {error}.") from error
@@ -167,7 +174,8 @@ def latency_table(
 ) -> LatencyTable:
     """Measure how long a model takes by the units that it keeps, on its device, with the threads that torch has now.
 
-    It takes about ten seconds, longer for models that need more than 50 ms. The table is kept under
+    It takes about ten seconds, longer for models that need more than 50 ms, and the memory of five layers for each
+    kind of layer; the inputs and the order of the measurements are seeded. The table is kept under
     `HF_HOME/hf_prune/latency` (`$HF_PRUNE_CACHE/latency`, if that is set), and measured again for another
     architecture, dtype, device, batch, length, number of threads, or version of torch or transformers.
 
@@ -262,12 +270,9 @@ def _path(setting: Mapping[str, Any]) -> Path:
 def _load(path: Path, setting: Mapping[str, Any], units: PrunableUnits) -> LatencyTable | None:
     try:
         table = LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return table if table.setting == setting and table.fits(units) else None
     except (OSError, ValueError, PruningError):
         return None
-    sizes = {name: len(curve) - 1 for name, curve in table.units.items()}
-    layers = {stack: len(times) for stack, times in table.layers.items()}
-    fits = sizes == {g.name: g.size for g in units.of_kind("heads", "neurons") if g.prunable and g.size}
-    return table if fits and table.setting == setting and layers == {s: units[s].size for s in units.stacks} else None
 
 
 def _save(path: Path, table: LatencyTable) -> None:

@@ -287,6 +287,12 @@ def test_a_budget_below_the_floor_names_a_feasible_one(allocation):
     assert table.of(selector.select(scores_for(selector))).latency <= ratio * table.of().latency
 
 
+def test_a_table_of_another_model_is_refused(clock):
+    table = latency_table(tiny_model("bert"), sequence_length=9)
+    with pytest.raises(ConfigError, match="is for another model"):
+        CostTable(tiny_model("bert", intermediate_size=48), latency=table)
+
+
 # The whole road
 
 
