@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .gates import apply_mask as apply_mask, current_mask as current_mask, remove_mask as remove_mask
     from .hub import save_pretrained as save_pretrained
+    from .latency import LatencyTable as LatencyTable, latency_table as latency_table
     from .masks import PruningMask as PruningMask
     from .methods import (
         AutoPruningConfig as AutoPruningConfig,
@@ -93,6 +94,7 @@ _MODULES = {
     ),
     "gates": ("apply_mask", "current_mask", "remove_mask"),
     "hub": ("save_pretrained",),
+    "latency": ("LatencyTable", "latency_table"),
     "masks": ("PruningMask",),
     "methods": (
         "AutoPruningConfig",

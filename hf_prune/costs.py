@@ -1,13 +1,14 @@
-"""What a model costs under a mask, counted without building it: MACs, parameters, and bytes of weights.
+"""What a model costs under a mask, without building it: MACs, parameters, bytes of weights, and milliseconds.
 
 MACs are multiply-accumulates of one forward pass over one example of n tokens: for a head 4·n·d·d_h + 2·n²·d_h, for a
 neuron 2·n·d (3·n·d if gated), generalised to KV groups, cross-attention and relative positions. Embeddings, norms,
 biases, activations, softmax and task heads are left out, as in Kwon et al. 2022, KCM and K-prune, so that ratios agree
-with the papers. Parameters and bytes count the whole model, embeddings and head included.
+with the papers. Parameters, bytes and milliseconds are of the whole model, embeddings and head included; the last come
+from a [`LatencyTable`].
 """
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -17,13 +18,14 @@ from transformers import PreTrainedModel
 from .architectures import AttentionSpec, FeedForwardSpec
 from .errors import ConfigError
 from .gates import current_mask
+from .latency import LatencyTable
 from .masks import PruningMask
 from .surgery import present_inputs
+from .timing import DEFAULT_LENGTH
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, projection, prunable_units
 
-Metric = Literal["macs", "params", "memory"]
-METRICS: tuple[Metric, ...] = ("macs", "params", "memory")
-DEFAULT_LENGTH = 128
+Metric = Literal["macs", "params", "memory", "latency"]
+METRICS: tuple[Metric, ...] = ("macs", "params", "memory", "latency")
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,24 @@ class Costs:
         macs (`float`): Multiply-accumulates of one forward pass over one example.
         params (`int`): Parameters, shared ones once.
         memory (`int`): Bytes of the parameters in their dtypes.
+        latency (`float`): Milliseconds of one forward pass over a batch. 0 where there is no table of them.
     """
 
     macs: float = 0.0
     params: float = 0
     memory: float = 0
+    latency: float = 0.0
 
     def __add__(self, other: "Costs") -> "Costs":
-        return Costs(self.macs + other.macs, self.params + other.params, self.memory + other.memory)
+        return Costs(
+            self.macs + other.macs,
+            self.params + other.params,
+            self.memory + other.memory,
+            self.latency + other.latency,
+        )
 
     def __mul__(self, times: float) -> "Costs":
-        return Costs(self.macs * times, self.params * times, self.memory * times)
+        return Costs(self.macs * times, self.params * times, self.memory * times, self.latency * times)
 
     def __sub__(self, other: "Costs") -> "Costs":
         return self + other * -1
@@ -53,8 +62,8 @@ class Costs:
         return float(getattr(self, metric))
 
     def to_dict(self) -> dict[str, float]:
-        """As a dict with the metrics for keys."""
-        return asdict(self)
+        """As a dict with the metrics for keys; without latency, where there is no table of it."""
+        return {metric: cost for metric, cost in asdict(self).items() if cost or metric != "latency"}
 
 
 class CostTable:
@@ -67,9 +76,11 @@ class CostTable:
             Whisper's encoder have a length of their own.
         target_length (`float`, *optional*): Tokens per example of a decoder that follows an encoder. Defaults to
             `sequence_length`.
+        latency ([`LatencyTable`], *optional*): Its latency, for the costs to have one.
 
     Attributes:
-        unit (`dict[str, Costs]`): For each group of heads or neurons the cost of one unit.
+        unit (`dict[str, Costs]`): For each group of heads or neurons the cost of one unit. Its latency is a mean: see
+            [`~CostTable.several`].
         layer (`dict[str, list[Costs]]`): For each stack what each layer costs without its units (norms, output
             biases).
         rest (`Costs`): Everything else (embeddings, head).
@@ -83,11 +94,15 @@ class CostTable:
         *,
         sequence_length: float = DEFAULT_LENGTH,
         target_length: float | None = None,
+        latency: LatencyTable | None = None,
     ) -> None:
         for name, length in (("sequence_length", sequence_length), ("target_length", target_length)):
             if length is not None and not 0 < length < float("inf"):
                 raise ConfigError(f"{name} must be a positive number of tokens, got {length!r}.")
         self.units = units if units is not None else prunable_units(model)
+        if latency is not None and not latency.fits(self.units):
+            raise ConfigError("The table of latency is for another model: measure this one with latency_table(model).")
+        self.latency = latency
         base = base_model(model)
         self.lengths: dict[str, float] = {}
         for name, stack in self.units.stacks.items():
@@ -106,11 +121,25 @@ class CostTable:
                 groups = self.units.of_layer(name, index)
                 for group in groups:
                     self.unit[group.name] = _unit_costs(layer, group, self.lengths[name], source)
+                    if latency is not None and group.name in latency.units:
+                        mean = float(latency.units[group.name][-1]) / group.size
+                        self.unit[group.name] += Costs(latency=mean)
                 whole = _parameter_costs(layer.parameters())
-                inside = sum((_without_macs(self.unit[g.name]) * g.size for g in groups), Costs())
+                if latency is not None:
+                    whole += Costs(latency=latency.layers[name][index])
+                inside = sum((_without_macs(self.several(g.name, g.size)) for g in groups), Costs())
                 self.layer[name].append(whole - inside)
         layers_cost = sum((_parameter_costs(base.get_submodule(name).parameters()) for name in self.layer), Costs())
         self.rest = _parameter_costs(model.parameters()) - layers_cost
+        if latency is not None:
+            self.rest += Costs(latency=latency.rest)
+
+    def several(self, name: str, count: int) -> Costs:
+        """What `count` units of a group cost. Only their latency is not proportional to their number."""
+        costs = self.unit[name] * count
+        if self.latency is None or name not in self.latency.units:
+            return costs
+        return replace(costs, latency=float(self.latency.units[name][count]))
 
     def of(self, mask: PruningMask | None = None) -> Costs:
         """The costs of the model that `mask` leaves; without one, of the whole model."""
@@ -121,7 +150,7 @@ class CostTable:
                     total = total + fixed
                     for group in self.units.of_layer(stack, index):
                         kept = group.size if mask is None else int(mask[group.name].sum())
-                        total = total + self.unit[group.name] * kept
+                        total = total + self.several(group.name, kept)
         return total
 
 
@@ -151,7 +180,7 @@ def _parameter_costs(parameters: Iterable[nn.Parameter]) -> Costs:
 
 
 def _without_macs(costs: Costs) -> Costs:
-    return Costs(0.0, costs.params, costs.memory)
+    return replace(costs, macs=0.0)
 
 
 def _unit_costs(layer: nn.Module, group: UnitGroup, length: float, source: float) -> Costs:

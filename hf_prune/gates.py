@@ -125,6 +125,18 @@ def current_mask(model: PreTrainedModel) -> PruningMask | None:
     return PruningMask(keep, units) if keep else None
 
 
+@contextmanager
+def unmasked(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, a model is without its mask."""
+    mask = current_mask(model)
+    remove_mask(model)
+    try:
+        yield
+    finally:
+        if mask is not None:
+            apply_mask(model, mask)
+
+
 def masked_columns(
     model: PreTrainedModel, units: PrunableUnits, mask: PruningMask
 ) -> Iterator[tuple[UnitGroup, torch.Tensor]]:

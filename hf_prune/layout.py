@@ -185,12 +185,14 @@ def record(model: "PreTrainedModel", candidates: Sequence["PreTrainedConfig"]) -
     Raises:
         LayoutError: No config can describe the model.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     for config in candidates:
         try:
             # Some configs check their numbers only when they are created, as they are when a checkpoint is loaded.
             type(config).from_dict(config.to_dict())
             numbers = describe(model, skeleton(model, config))
-        except (ValueError, LayoutError):
+        except (ValueError, StrictDataclassError, LayoutError):
             if config is candidates[-1]:
                 raise
             continue

@@ -1,21 +1,27 @@
 """[`prune`]: config and data in, masked model and report out."""
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
-from .calibration import Calibrator, process_state
+from .calibration import Calibrator, from_main_process, process_state
 from .costs import CostTable
 from .depth import drop_layers
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
 from .gates import apply_mask, current_mask, remove_mask
+from .latency import LatencyTable
 from .masks import PruningMask
 from .methods import PruningConfig, get_pruner
 from .report import PruningReport, unit_rows
-from .surgery import check_shrinkable
+from .surgery import check_shrinkable, shrink
+from .timing import measure_latency
 from .units import PrunableUnits, base_model, prunable_units
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -113,6 +119,15 @@ def prune(
         mask = pruner.prune(model, units, calibrator)
     check_shrinkable(units, mask)
     table: CostTable = pruner.cost_table(model, units, calibrator)
+    timed = table.latency
+    latency = None
+    if timed is not None:
+        latency = {
+            **from_main_process(lambda: _measured_latency(model, mask, timed)),
+            "where": timed.where,
+            "multiple_of": config.multiple_of or timed.multiple_of,
+            "table": str(timed).splitlines(),
+        }
     apply_mask(model, mask)
     report = PruningReport(
         method=config.method,
@@ -127,8 +142,23 @@ def prune(
         seconds=round(time.perf_counter() - started, 3),
         processes=process_state().num_processes,
         facts=pruner.facts,
+        latency=latency,
     )
     return PruningResult(mask, report)
+
+
+def _measured_latency(model: PreTrainedModel, mask: PruningMask, table: LatencyTable) -> dict[str, float | None]:
+    """Milliseconds of the dense and of the shrunk model, in turns, with the inputs of the table."""
+    lengths = {name: table.setting[name] for name in ("batch_size", "sequence_length", "target_length")}
+    repeats = min(max(round(5_000 / table.total), 5), 30)
+    try:
+        # What is not cut is shared: the copy takes as much memory as the kept part of the pruned blocks.
+        small = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        measured = measure_latency({"before": model, "after": shrink(small, mask)}, **lengths, repeats=repeats)
+    except RuntimeError as error:  # out of memory, as a rule: no reason to lose what has been computed
+        logger.warning("The latency of the pruned model could not be measured: %s", error)
+        return {"before": None, "after": None}
+    return {name: run.p50_ms for name, run in measured.items()}
 
 
 def _check_weights(model: PreTrainedModel, units: PrunableUnits) -> None:

@@ -25,7 +25,7 @@ class PruningReport:
         config (`dict`): Its options.
         model_class, model_type (`str`): Class and family of the model.
         before, after (`dict[str, float]`): `macs`, `params` and `memory` (bytes of weights) of the dense and the
-            pruned model.
+            pruned model; under a budget of latency also `latency`, the predicted milliseconds.
         sequence_lengths (`dict[str, float]`): For each stack the tokens per example at which MACs were counted.
         units (`list[dict]`): For each group of units its name, kind, stack, layer, size and how many were kept.
         calibration (`dict`, *optional*): Samples, tokens and fingerprint of the data.
@@ -33,6 +33,9 @@ class PruningReport:
         processes (`int`): Number of processes.
         facts (`dict`): What the method has to say beyond that.
         packages (`dict[str, str]`): Versions.
+        latency (`dict`, *optional*): Under a budget of latency: measured milliseconds `before` and `after` (medians,
+            in turns; `None` if memory did not suffice), `where` they were measured, the `multiple_of` that widths were
+            rounded to, and the `table` of the predictions.
     """
 
     method: str
@@ -48,6 +51,7 @@ class PruningReport:
     processes: int = 1
     facts: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=lambda: _versions())
+    latency: dict[str, Any] | None = None
     schema_version: int = 1
 
     def ratio(self, metric: str) -> float:
@@ -61,10 +65,17 @@ class PruningReport:
             kept[row["kind"]][0] += row["kept"]
             kept[row["kind"]][1] += row["size"]
         parts = [f"{a:,} of {b:,} {kind}" for kind, (a, b) in kept.items() if b]
+        time = "MACs are not time: measure it with `hf-prune bench`."
+        if self.latency is not None:
+            pairs = {"predicted": (self.before["latency"], self.after["latency"])}
+            if self.latency["before"] is not None:
+                pairs["measured"] = self.latency["before"], self.latency["after"]
+            figures = ", ".join(f"{how} {b:.2f} to {a:.2f} ms ({a / b:.1%})" for how, (b, a) in pairs.items())
+            time = f"Latency: {figures}; {self.latency['where']}."
         return (
             f"{self.method}: MACs {self.ratio('macs'):.1%} (n = {lengths} tokens), "
             f"parameters {self.ratio('params'):.1%}, kept {', '.join(parts)}, in "
-            f"{self.seconds:.1f} s. MACs are not time: measure it with `hf-prune bench`."
+            f"{self.seconds:.1f} s. {time}"
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from .costs import METRICS, Costs, CostTable, Metric
 from .errors import CalibrationError, ConfigError, InfeasibleBudgetError, unknown
@@ -22,8 +24,8 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
     """The most that a pruned model may cost, in absolute numbers.
 
     Args:
-        budget (`dict[str, float]`): For `"macs"`, `"params"` or `"memory"` the kept ratio, in (0, 1], or an absolute
-            whole number.
+        budget (`dict[str, float]`): For `"macs"`, `"params"`, `"memory"` or `"latency"` the kept ratio, in (0, 1], or
+            an absolute number above 1: a whole one, of milliseconds any.
         dense ([`Costs`]): Costs of the unpruned model.
 
     Raises:
@@ -35,11 +37,12 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
     for metric in METRICS:
         if metric in budget:
             value = float(budget[metric])
+            if not dense[metric]:  # all others are counted
+                raise ConfigError(f"A budget of {metric} needs CostTable(model, latency=latency_table(model)).")
             limits[metric] = value * dense[metric] if value <= 1 else value
             if limits[metric] > dense[metric]:
-                raise ConfigError(
-                    f"budget[{metric!r}] = {budget[metric]:,} is more than the {dense[metric]:,.0f} of the model."
-                )
+                whole = _amount(metric, dense[metric])
+                raise ConfigError(f"budget[{metric!r}] = {budget[metric]:,} is more than the {whole} of the model.")
     return limits
 
 
@@ -55,10 +58,15 @@ def check_budget(budget: Any) -> None:
         if metric not in METRICS:
             raise ConfigError(unknown("metric in budget", metric, METRICS))
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        if not number or value <= 0 or (value > 1 and value != int(value)):
+        if not number or value <= 0 or (value > 1 and value != int(value) and metric != "latency"):
+            above = "milliseconds" if metric == "latency" else "a whole number"
             raise ConfigError(
-                f"budget[{metric!r}] must be the ratio to keep, in (0, 1], or a whole number above 1, got {value!r}."
+                f"budget[{metric!r}] must be the ratio to keep, in (0, 1], or {above} above 1, got {value!r}."
             )
+
+
+def _amount(metric: Metric, cost: float) -> str:
+    return f"{cost:,.3f} ms" if metric == "latency" else f"{cost:,.0f}"
 
 
 def check_floor(table: CostTable, limits: Mapping[Metric, float], least: Costs, how: str) -> None:
@@ -72,10 +80,10 @@ def check_floor(table: CostTable, limits: Mapping[Metric, float], least: Costs, 
         if least[metric] > limit:
             ratio = math.ceil(least[metric] / dense[metric] * 1e4) / 1e4
             lengths = ", ".join(f"{n:.4g}" for n in table.lengths.values())
+            asked, lowest = _amount(metric, limit), _amount(metric, least[metric])
             raise InfeasibleBudgetError(
-                f"A budget of {limit:,.0f} {metric} ({limit / dense[metric]:.4f} of the dense one) can't be met by "
-                f"{how} (n = {lengths} tokens): the least is {least[metric]:,.0f}, nearest feasible budget "
-                f"{{{metric!r}: {ratio}}}."
+                f"A budget of {asked} {metric} ({limit / dense[metric]:.4f} of the dense one) can't be met by {how} "
+                f"(n = {lengths} tokens): the least is {lowest}, nearest feasible budget {{{metric!r}: {ratio}}}."
             )
 
 
@@ -86,6 +94,7 @@ class _Blocks:
     group: torch.Tensor  # index of the group
     count: torch.Tensor  # units in the block
     score: torch.Tensor  # sum of their scores
+    latency: torch.Tensor  # milliseconds that the block adds to those before it
     first: torch.Tensor  # the first block of its group, always kept
 
 
@@ -224,16 +233,22 @@ class Selector:
         return values
 
     def _room(self, blocks: _Blocks, slack: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """In all metrics: the cost of each block, the limit, and what it leaves beside the first blocks."""
+        """In all metrics the cost of each block; its price for ranking; and what the first blocks leave of the limits.
+
+        Blocks of a group are taken in their order, so what a group costs is the sum of what its blocks add, although
+        its latency is not proportional to its units. The price is: the best units come first.
+        """
         unit = torch.tensor(
             [[self.table.unit[g.name][m] for m in self.limits] for g in self.groups], dtype=torch.float64
         )
         cost = unit[blocks.group] * blocks.count[:, None]
         limit = torch.tensor(list(self.limits.values()), dtype=torch.float64)
-        most = torch.tensor([self.most[m] for m in self.limits], dtype=torch.float64)
-        sizes = torch.tensor([[g.size] for g in self.groups], dtype=torch.float64)
-        least = most - (unit * sizes).sum(0) + cost[blocks.first].sum(0)
-        return cost, limit, limit * (1 + slack) - least
+        price = (cost / limit).mean(1).clamp_min(1e-30)  # some heads take no time at all
+        if "latency" in self.limits:
+            cost[:, list(self.limits).index("latency")] = blocks.latency
+        whole = sum((self.table.several(g.name, g.size) for g in self.groups), Costs())
+        least = torch.tensor([self.most[m] - whole[m] for m in self.limits], dtype=torch.float64)
+        return cost, price, limit * (1 + slack) - (least + cost[blocks.first].sum(0))
 
     def _counts(self, blocks: _Blocks, taken: torch.Tensor) -> dict[str, int]:
         counts = torch.zeros(len(self.groups), dtype=torch.long).index_add_(
@@ -259,7 +274,8 @@ class Selector:
 
     def _costs(self, counts: Mapping[str, int]) -> Costs:
         """Costs when the groups in `counts` keep that many units, and the others all."""
-        lost = (self.table.unit[name] * (self.units[name].size - count) for name, count in counts.items())
+        several = self.table.several
+        lost = (several(name, self.units[name].size) - several(name, count) for name, count in counts.items())
         return self.most - sum(lost, Costs())
 
     def _fits(self, costs: Costs) -> bool:
@@ -271,9 +287,9 @@ class Selector:
         self, values: Mapping[str, torch.Tensor], slack: float, fixed: Mapping[str, int]
     ) -> dict[str, int]:
         blocks = self._blocks(values, fixed)
-        cost, limit, left = self._room(blocks, slack)
+        cost, price, left = self._room(blocks, slack)
 
-        density = blocks.score / (cost / limit).mean(1)
+        density = blocks.score / price
         order = density.masked_fill(blocks.first, -math.inf).sort(descending=True, stable=True).indices
         order = order[: int((~blocks.first).sum())]
         prefix = int((cost[order].cumsum(0) <= left).all(1).sum())
@@ -282,16 +298,20 @@ class Selector:
         left = left - cost[order[:prefix]].sum(0)
         # What the next best unit leaves of the budget goes to the best of the cheaper ones, one group after another.
         rest = order[prefix:]
-        while len(rest := rest[(cost[rest] <= left).all(1)]):
-            following = _first_of_each(blocks.group[rest])
-            best = rest[following][density[rest[following]].argmax()]
-            taken[best] = True
-            left = left - cost[best]
-            rest = rest[rest != best]
+        while len(rest):
+            following = rest[_first_of_each(blocks.group[rest])]
+            following = following[(cost[following] <= left).all(1)]
+            if len(following):
+                best = following[density[following].argmax()]
+                taken[best] = True
+                left = left - cost[best]
+                rest = rest[rest != best]
+            rest = rest[torch.isin(blocks.group[rest], blocks.group[following])]
         return self._counts(blocks, taken)
 
     def _blocks(self, values: Mapping[str, torch.Tensor], fixed: Mapping[str, int]) -> _Blocks:
-        group, count, score, first = [], [], [], []
+        group, count, score, latency, first = [], [], [], [], []
+        times = self.table.latency.units if self.table.latency is not None else None
         for index, g in enumerate(self.groups):
             step = self._step(g)
             full = max(g.size // step, 1)
@@ -302,8 +322,10 @@ class Selector:
             group.append(torch.full((len(runs),), index))
             count.append(torch.tensor([len(run) for run in runs]))
             score.append(torch.stack([run.sum() for run in runs]) if max(sizes) > 1 else torch.cat(runs))
+            ms = torch.from_numpy(times[g.name]) if times else torch.zeros(g.size + 1)
+            latency.append(ms[torch.tensor([0, *accumulate(sizes)])].diff())
             first.append(torch.arange(len(runs)) == 0)
-        return _Blocks(*(torch.cat(column) for column in (group, count, score, first)))
+        return _Blocks(*(torch.cat(column) for column in (group, count, score, latency, first)))
 
     # Uniform
 
@@ -387,7 +409,7 @@ def _stock_head_counts(config: Any, stack: Any, group: UnitGroup, size: int) -> 
                 setattr(candidate, stack.config_kv_heads, count)
             setattr(candidate, stack.config_head_dim, head_dim)
             type(candidate).from_dict(candidate.to_dict())
-        except ValueError:
+        except (ValueError, StrictDataclassError):
             continue
         accepted.append(count)
     return accepted

@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -220,7 +221,7 @@ def _candidates(model: PreTrainedModel, units: PrunableUnits) -> list[PreTrained
                 if stack.config_kv_heads:
                     setattr(stock, stack.config_kv_heads, keys)
                 setattr(stock, stack.config_head_dim, size)
-    except ValueError:  # a config that checks its numbers refuses these
+    except (ValueError, StrictDataclassError):  # a config that checks its numbers refuses these
         return [dense]
     return [stock, dense]
 

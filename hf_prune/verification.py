@@ -6,12 +6,12 @@ import tempfile
 import torch
 from transformers import PreTrainedModel
 
-from .benchmark import example_inputs
 from .errors import UnsupportedModelError
 from .gates import apply_mask, remove_mask
 from .hub.saving import save_pretrained
 from .masks import PruningMask
 from .surgery import shrink
+from .timing import example_inputs
 from .units import PrunableUnits, UnitGroup, prunable_units
 
 

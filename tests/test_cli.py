@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 import torch
 import transformers
-from tiny import tiny_model
+from tiny import parameters_as_time, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import hf_prune
@@ -335,6 +335,16 @@ class TestPrune:
             assert done["sequence_lengths"] == {"encoder.layer": 7}
             masks.append(mask_of(out_dir))
         assert masks[0] == masks[1] != masks[2]
+
+    def test_a_budget_of_latency(self, run, dense, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
+        monkeypatch.setattr("hf_prune.latency._clocked", parameters_as_time)
+        argv = ["--method", "magnitude", "--budget", "latency=0.9", "--latency-batch-size", 2, "--sequence-length", 7]
+        code, out, _ = run("prune", dense, *argv, "--output", tmp_path / "out", "--json")
+        done = json.loads(out)
+        assert code == 0 and done["after"]["latency"] <= 0.9 * done["before"]["latency"]
+        assert done["latency"]["where"].startswith("batch 2 × 7 tokens, float32, ")
+        assert done["latency"]["multiple_of"] == 32 and done["latency"]["after"] > 0
 
     def test_excluded_patterns_add_up(self, run, dense, tmp_path):
         argv = ["--method", "magnitude", "--budget", "macs=0.8", "--output", tmp_path / "out", "--json"]

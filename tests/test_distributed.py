@@ -13,11 +13,12 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from tiny import tiny_batch, tiny_model
+from tiny import parameters_as_time, tiny_batch, tiny_model
 from transformers import AutoModelForQuestionAnswering
 
 import hf_prune
 import hf_prune.calibration
+import hf_prune.latency
 
 out = Path(sys.argv[1])
 state = hf_prune.calibration.process_state()
@@ -31,7 +32,11 @@ CONFIGS = {
     "fisher": hf_prune.FisherConfig(budget={"macs": 0.8}),
     "fisher-paper": hf_prune.FisherConfig(budget={"macs": 0.8}, per_sample=True, recover="scale"),
     "kprune": hf_prune.KPruneConfig(budget={"macs": 0.8}, mu=8.0),
+    "latency": hf_prune.MagnitudeConfig(budget={"latency": 0.9}),
 }
+hf_prune.latency._clocked = parameters_as_time
+if not state.is_main_process:
+    hf_prune.methods.base.latency_table = None  # it alone measures
 RUNS = [(*run, None) for run in product(("bert", "llama", "bart"), CONFIGS)]
 RUNS += [("bert", label, AutoModelForQuestionAnswering) for label in ("fisher", "kprune")]
 for name, label, auto in RUNS:
@@ -57,13 +62,18 @@ def test_two_processes_agree_with_one(tmp_path):
     script = tmp_path / "run.py"
     script.write_text(SCRIPT)
     here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{here}:{here.parent}",
+        "OMP_NUM_THREADS": "1",
+        "HF_PRUNE_CACHE": str(tmp_path),
+    }
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for command in ([sys.executable], two):
         done = subprocess.run([*command, script, tmp_path], env=env, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
     runs = {path.name[: -len("-1-0")] for path in tmp_path.glob("*-1-0")}
-    assert len(runs) == 32
+    assert len(runs) == 35
     for run in runs:
         one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
         assert one[0] == first[0] == second[0]

@@ -26,3 +26,11 @@ def test_prune_shrink_save_load(name, dtype, tmp_path):
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in model.state_dict().items())
     if dtype == torch.float32:
         assert mask == hf_prune.prune(tiny_model(name), hf_prune.KCMConfig(budget={"macs": 0.85}), [batch]).mask
+
+
+def test_latency_is_read_from_the_stream(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
+    wide = tiny_model("llama", hidden_size=1024, head_dim=128, intermediate_size=8192).to("cuda", torch.bfloat16)
+    table = hf_prune.latency_table(wide, batch_size=8, sequence_length=64)
+    assert all(block.ms[-1] > 0 for block in table.blocks if block.kind == "neurons")
+    assert 0.5 < table.total / table.measured < 2

@@ -70,7 +70,7 @@ def test_pruned_is_shrunk_is_within_the_budget(method, name):
                 more = hf_prune.PruningMask({**result.mask, stack: result.mask[stack] | back}, table.units)
                 assert any(table.of(more)[m] > limit for m, limit in limits.items())
     # Fisher's search fills the budget with neurons behind the heads it takes: only they are at their limit.
-    if config.allocation == "global" and config.multiple_of == 1:
+    if config.allocation == "global" and config.multiple_of is None:
         kinds = ("heads", "neurons") if method in FREE else ("neurons",)
         pruned = [g for g in table.units.of_kind(*kinds) if not result.mask[g.name].all()]
         assert not any(

@@ -13,7 +13,7 @@ ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
     ["errors", "architectures"],
     ["units", "masks"],
-    ["gates", "surgery", "layout", "costs", "batches", "divergence"],
+    ["gates", "surgery", "layout", "costs", "batches", "divergence", "timing", "latency"],
     ["calibration", "selection", "reconstruction", "depth"],
     ["methods", "report"],
     ["pruning", "benchmark", "metrics", "plots"],

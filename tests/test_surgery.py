@@ -4,12 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers as T
 from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hf_prune
 from hf_prune import MaskError, PruningMask
+from hf_prune.selection import Selector
 from hf_prune.surgery import cut
 
 
@@ -176,3 +178,18 @@ def test_a_failing_description_changes_nothing(random_mask, monkeypatch):
     with pytest.raises(hf_prune.LayoutError):
         hf_prune.shrink(model, mask)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_heads_that_a_config_refuses_are_recorded_in_a_layout(tmp_path):
+    config = T.LlamaConfig(**{**FAMILIES["llama"][0].to_dict(), "hidden_size": 64, "num_attention_heads": 8})
+    config.num_key_value_heads = 4
+    model = T.LlamaForCausalLM(copy.deepcopy(config))  # no stock config takes the 6 heads of three KV groups
+    units = hf_prune.prunable_units(model)
+    keep = {f"layers.{i}.self_attn.o_proj": torch.arange(4) < 3 for i in range(3)}
+    hf_prune.shrink(model, hf_prune.PruningMask(keep, units)).save_pretrained(tmp_path)
+    again = T.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert again.model.layers[0].self_attn.q_proj.out_features == 48 and again.config.num_attention_heads == 8
+
+    model = T.LlamaForCausalLM(config)
+    selector = Selector(hf_prune.CostTable(model), {"macs": 0.6}, allocation="uniform", config=model.config)
+    assert selector.classes["num_attention_heads"][1] == [1, 2, 4]

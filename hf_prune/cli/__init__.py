@@ -82,7 +82,7 @@ def _limit(text: str) -> tuple[str, float]:
             continue
     raise argparse.ArgumentTypeError(
         f"{text!r} is no METRIC=LIMIT: give the ratio to keep, in (0, 1], such as macs=0.6, or an absolute whole "
-        "number such as params=40000000, of macs, params or memory"
+        "number such as params=40000000, of macs, params, memory or latency (milliseconds)"
     )
 
 
@@ -208,7 +208,8 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="METRIC=LIMIT",
         help="the most that the pruned model may cost: the ratio to keep, in (0, 1], or an absolute whole number; of "
-        "macs, params (parameters) or memory (bytes of weights). Given several times, all limits hold",
+        "macs, params (parameters), memory (bytes of weights) or latency (measured on the device; above 1 it is in "
+        "milliseconds). Given several times, all limits hold",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to save; a model in it is replaced")
     parser.add_argument(
@@ -229,9 +230,9 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--multiple-of",
         type=_count,
-        default=1,
         metavar="N",
-        help="keep a multiple of N neurons in each layer, at least 1; 8 or 64 may run faster; default: %(default)s",
+        help="keep a multiple of N neurons in each layer, at least 1; 8 or 64 may run faster; default: 1, under a "
+        "budget of latency what is fast on the device",
     )
     parser.add_argument(
         "--exclude",
@@ -260,6 +261,13 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="first drop the N layers that change the hidden states of the data least, at least 1; the budget counts "
         "them as gone; default: none",
+    )
+    parser.add_argument(
+        "--latency-batch-size",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="examples in the batch for a budget of latency, at least 1; default: %(default)s",
     )
     parser.add_argument(
         "--dtype",

@@ -72,6 +72,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     loads, cls = how_it_loads(AutoConfig.from_pretrained(output)), type(model).__name__
     lines = [
         str(result.report),
+        *(result.report.latency["table"] if result.report.latency is not None else []),
         f"Saved to {output}. {loading_sentence(loads)}",
         "",
         *(["    import hf_prune"] if loads["needs_hf_prune"] else []),

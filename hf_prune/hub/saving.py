@@ -21,12 +21,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from ..benchmark import example_inputs
 from ..errors import ConfigError, MaskError, PruningError, SaveError
 from ..gates import current_mask, masked_columns
 from ..layout import disable, enable
 from ..masks import PruningMask
 from ..report import PruningReport
+from ..timing import example_inputs
 from ..units import PrunableUnits, prunable_units, site
 from .standalone import add_standalone_code
 

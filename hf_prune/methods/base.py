@@ -8,13 +8,15 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from transformers import PreTrainedModel
 
-from ..calibration import Calibrator, Moments
-from ..costs import DEFAULT_LENGTH, CostTable
+from ..calibration import Calibrator, Moments, from_main_process
+from ..costs import CostTable
 from ..errors import ConfigError, unknown
-from ..gates import LayerCalls, current_mask, remove_mask
+from ..gates import LayerCalls, current_mask, remove_mask, unmasked
+from ..latency import latency_table
 from ..masks import PruningMask
 from ..reconstruction import Recovery, compensate, reconstruct
 from ..selection import Allocation, Selector, check_budget
+from ..timing import DEFAULT_LENGTH
 from ..units import Kind, PrunableUnits, site
 
 Recover = Recovery | Literal["none"]
@@ -40,19 +42,22 @@ class PruningConfig:
     Args:
         budget (`dict[str, float]`): The most that the pruned model may cost, by metric: `{"macs": 0.6}` keeps at most
             60 % of the multiply-accumulates, `{"params": 40_000_000}` at most that many parameters. Metrics: `"macs"`,
-            `"params"`, `"memory"` (bytes of weights). Several limits hold at once.
+            `"params"`, `"memory"` (bytes of weights), `"latency"` (of a forward pass, in milliseconds if above 1; by
+            the table that [`~hf_prune.latency_table`] measures on the model's device). Several limits hold at once.
         allocation (`"global"` or `"uniform"`, *optional*, defaults to `"global"`): Whether units compete over all
             layers, or each layer keeps equally many, in numbers that a stock config holds, so that plain transformers
             loads the result.
-        multiple_of (`int`, *optional*, defaults to 1): Keep a multiple of this many neurons in each layer.
+        multiple_of (`int`, *optional*): Keep a multiple of this many neurons in each layer. Defaults to 1; under a
+            budget of latency to what is fast, 32 on a CPU and 64 elsewhere: the table knows no slower widths.
         exclude (`tuple[str, ...]`, *optional*): Shell patterns of unit groups that stay whole:
             `("encoder.layer.0.*",)`.
-        sequence_length (`float`, *optional*): Tokens per example for MACs. Defaults to the mean of the calibration
-            data, to 128 without data.
+        sequence_length (`float`, *optional*): Tokens per example for MACs and, rounded up, for latency. Defaults to
+            the mean of the calibration data, to 128 without data.
         target_length (`float`, *optional*): The same for a decoder that follows an encoder.
         drop_layers (`int`, *optional*, defaults to 0): How many layers to drop first, those of the lowest Block
             Influence on the calibration data. The budget counts them as gone, and the method prunes the others. A
             layer with a group in `exclude` stays.
+        latency_batch_size (`int`, *optional*, defaults to 1): Examples in the batch for latency.
 
     Raises:
         ConfigError: An option is out of range.
@@ -62,19 +67,22 @@ class PruningConfig:
 
     budget: dict[str, float]
     allocation: Allocation = "global"
-    multiple_of: int = 1
+    multiple_of: int | None = None
     exclude: tuple[str, ...] = ()
     sequence_length: float | None = None
     target_length: float | None = None
     drop_layers: int = 0
+    latency_batch_size: int = 1
 
     def __post_init__(self) -> None:
         check_budget(self.budget)
         self.check_choice("allocation", ("global", "uniform"))
         if type(self.drop_layers) is not int or self.drop_layers < 0:
             raise ConfigError(f"drop_layers must be a whole number of at least 0, got {self.drop_layers!r}.")
-        if type(self.multiple_of) is not int or self.multiple_of < 1:
-            raise ConfigError(f"multiple_of must be a whole number of at least 1, got {self.multiple_of!r}.")
+        for name in ("multiple_of", "latency_batch_size"):
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and (name, value) != ("multiple_of", None):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
         if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
             raise ConfigError(f"exclude must be a tuple of shell patterns, got {self.exclude!r}.")
         self.exclude = tuple(self.exclude)
@@ -221,21 +229,31 @@ class Pruner(ABC, Generic[C]):
     def cost_table(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> CostTable:
         """Costs at the lengths of the config, or else of the calibration data."""
         length, target = calibrator.lengths if calibrator is not None else (DEFAULT_LENGTH, None)
-        return CostTable(
-            model,
-            units,
-            sequence_length=self.config.sequence_length or length,
-            target_length=self.config.target_length or self.config.sequence_length or target,
-        )
+        length = self.config.sequence_length or length
+        target = self.config.target_length or self.config.sequence_length or target
+        latency = None
+        if "latency" in self.config.budget:
+            with unmasked(model):
+                latency = from_main_process(
+                    lambda: latency_table(
+                        model,
+                        units,
+                        batch_size=self.config.latency_batch_size,
+                        sequence_length=math.ceil(length),
+                        target_length=None if target is None else math.ceil(target),
+                    )
+                )
+        return CostTable(model, units, sequence_length=length, target_length=target, latency=latency)
 
     def selector(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> Selector:
         """A selector with the options of the config. Raises before any computation if the budget can't be met."""
+        table = self.cost_table(model, units, calibrator)
         return Selector(
-            self.cost_table(model, units, calibrator),
+            table,
             self.config.budget,
             self.kinds,
             allocation=self.config.allocation,
-            multiple_of=self.config.multiple_of,
+            multiple_of=self.config.multiple_of or (table.latency.multiple_of if table.latency is not None else 1),
             exclude=self.config.exclude,
             config=model.config,
             base=current_mask(model),

@@ -20,7 +20,7 @@ from ..batches import Batch
 from ..calibration import Calibrator, mask_gradients, select_real
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
-from ..gates import apply_mask, current_mask, detach_gate, remove_mask, resume_at
+from ..gates import current_mask, detach_gate, resume_at, unmasked
 from ..masks import PruningMask
 from ..reconstruction import Solution, walks
 from ..surgery import cut_layer
@@ -84,10 +84,8 @@ class KPrunePruner(Pruner[KPruneConfig]):
         selector, recover = self.selector(model, units, calibrator), self.recovery(model, units)
         names = [g.name for g in units.values() if g in selector.groups]
         dropped = current_mask(model)
-        remove_mask(model)
-        student = _Student(calibrator, self.config)  # recorded with all layers: they are the teacher's
-        if dropped is not None:
-            apply_mask(model, dropped)
+        with unmasked(model):  # all layers are the teacher's
+            student = _Student(calibrator, self.config)
         decided: dict[str, torch.Tensor] = {}
         solutions: dict[str, Solution] = {}
         with calibrator.evaluating():

@@ -27,7 +27,7 @@ class LayerDropConfig(PruningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, default in (("drop_layers", 0), ("multiple_of", 1)):
+        for name, default in (("drop_layers", 0), ("multiple_of", None)):
             if getattr(self, name) != default:
                 raise ConfigError(
                     f"layer_drop prunes whole layers until the budget is met: leave {name} at {default}, or choose a "

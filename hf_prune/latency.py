@@ -1,0 +1,456 @@
+"""How long a model takes under a mask: a table that is measured where the model runs.
+
+MACs are not time: what a head or a neuron costs depends on the device, the dtype, the batch and the length. The table
+comes from forward passes of the model itself, in which cut copies of its layers take turns in the place of whole ones,
+so that caches, memory and launches are those of real use; the clock is read between the layers. It is kept on disk.
+"""
+
+import copy
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+import transformers
+from huggingface_hub import constants
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from .architectures import AttentionSpec, FeedForwardSpec
+from .errors import ConfigError, PruningError
+from .gates import current_mask, observe
+from .surgery import cut_heads, cut_neurons
+from .timing import DEFAULT_LENGTH, example_inputs
+from .units import Kind, PrunableUnits, base_model, prunable_units
+
+logger = logging.get_logger(__name__)
+
+_VERSION = 1
+_POINTS = 8  # measured numbers of units between none and all
+_SECONDS = 10.0  # what a measurement should take
+_LEAST, _MOST = 5, 20  # rounds
+
+_Place: TypeAlias = tuple[str, int]  # stack and index of a layer
+_Point: TypeAlias = tuple[str, int]  # name of a group, and how many of its units are left
+
+
+@dataclass(frozen=True)
+class BlockTimes:
+    """How long blocks of equal shape take by the units that they keep.
+
+    Args:
+        names (`tuple[str, ...]`): The groups of units.
+        kind (`"heads"` or `"neurons"`): Their kind.
+        counts (`tuple[int, ...]`): Numbers of units that were measured, ascending; the last is all of them.
+        ms (`tuple[float, ...]`): Milliseconds more than with the fewest, ascending from 0.
+    """
+
+    names: tuple[str, ...]
+    kind: Kind
+    counts: tuple[int, ...]
+    ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of one forward pass, split so that those of any mask are a sum. Made by [`latency_table`].
+
+    Args:
+        setting (`dict`): What was measured, and where: the key under which the table is kept.
+        blocks (`tuple[BlockTimes, ...]`): The blocks with heads or neurons that can be pruned.
+        layers (`dict[str, list[float]]`): For each stack the milliseconds of each whole layer.
+        rest (`float`): Milliseconds of everything else (embeddings, head).
+        measured (`float`): Milliseconds of the whole model, measured apart from its layers.
+        multiple_of (`int`): Widths that are fast on the device, and were measured, are multiples of this.
+    """
+
+    setting: dict[str, Any]
+    blocks: tuple[BlockTimes, ...]
+    layers: dict[str, list[float]]
+    rest: float
+    measured: float
+    multiple_of: int
+
+    @cached_property
+    def units(self) -> dict[str, np.ndarray]:
+        """For each group the milliseconds of 0, 1, 2, ... units, of shape (units + 1,); interpolated."""
+        curves = {}
+        for block in self.blocks:
+            curve = np.interp(np.arange(block.counts[-1] + 1), block.counts, block.ms)
+            curves.update(dict.fromkeys(block.names, curve))
+        return curves
+
+    @property
+    def total(self) -> float:
+        """Milliseconds of the whole model: what `measured` should be."""
+        return self.rest + sum(map(sum, self.layers.values()))
+
+    def __str__(self) -> str:
+        stacks = []
+        for stack, times in self.layers.items():
+            runs = [(ms, len(list(equal))) for ms, equal in groupby(times)]
+            stacks.append(f"{stack} {' + '.join(f'{number} × {ms:.3f}' for ms, number in runs)}")
+        rows = [
+            f"{self.setting['class']}, {self.where}",
+            f"{self.total:.3f} ms = {' + '.join(stacks)} + rest {self.rest:.3f}; measured as a whole: "
+            f"{self.measured:.3f} ms, the table is off by {self.total / self.measured - 1:+.1%}",
+        ]
+        for block in self.blocks:
+            several = f" and {len(block.names) - 1} more" if len(block.names) > 1 else ""
+            points = "  ".join(f"{n}: {ms:.3f}" for n, ms in zip(block.counts, block.ms, strict=True))
+            rows.append(f"{block.names[0]}{several}, ms by {block.kind}:  {points}")
+        return "\n".join(rows)
+
+    def fits(self, units: PrunableUnits) -> bool:
+        """Whether it is for a model with these units."""
+        sizes = {name: len(curve) - 1 for name, curve in self.units.items()}
+        layers = {stack: len(times) for stack, times in self.layers.items()}
+        prunable = {g.name: g.size for g in units.of_kind("heads", "neurons") if g.prunable and g.size}
+        return sizes == prunable and layers == {stack: units[stack].size for stack in units.stacks}
+
+    @property
+    def where(self) -> str:
+        """The setting in words."""
+        s = self.setting
+        lengths = [s["sequence_length"]] if s["inputs"] == "input_ids" else []
+        lengths += [s["target_length"]] if s["target_length"] else []
+        each = f" × {' and '.join(map(str, lengths))} tokens" if lengths else ""
+        threads = f", {s['threads']} thread{'s' if s['threads'] > 1 else ''}" if s["threads"] else ""
+        return f"batch {s['batch_size']}{each}, {s['dtype']}, {s['device']}{threads}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form."""
+        return {"version": _VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "LatencyTable":
+        """Inverse of [`~LatencyTable.to_dict`].
+
+        Raises:
+            PruningError: The data are malformed.
+        """
+        try:
+            if data["version"] != _VERSION:
+                raise PruningError(f"A latency table of version {data['version']!r}, this hf_prune reads {_VERSION}.")
+            blocks = []
+            for block in data["blocks"]:
+                names, counts, ms = (tuple(block[key]) for key in ("names", "counts", "ms"))
+                rising = all(low < high for low, high in pairwise(counts)) and all(a <= b for a, b in pairwise(ms))
+                if not rising or len(counts) != len(ms) or counts[0] < 0 or ms[0] != 0 or not math.isfinite(ms[-1]):
+                    raise PruningError(f"The times of {names} don't rise from 0: {block}.")
+                blocks.append(BlockTimes(names, block["kind"], counts, ms))
+            numbers = (float(data["rest"]), float(data["measured"]))
+            table = cls(dict(data["setting"]), tuple(blocks), dict(data["layers"]), *numbers, data["multiple_of"])
+            if not (0 < table.total < math.inf and 0 < table.measured < math.inf and table.multiple_of >= 1):
+                raise PruningError(f"A latency of {table.total} ms, of {table.measured} ms as a whole.")
+            return table
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise PruningError(f"Not a latency table: {type(error).__name__} {error}.") from error
+
+
+def latency_table(
+    model: PreTrainedModel,
+    units: PrunableUnits | None = None,
+    *,
+    batch_size: int = 1,
+    sequence_length: int = DEFAULT_LENGTH,
+    target_length: int | None = None,
+) -> LatencyTable:
+    """Measure how long a model takes by the units that it keeps, on its device, with the threads that torch has now.
+
+    It takes about ten seconds, longer for models that need more than 50 ms, and the memory of five layers for each
+    kind of layer; the inputs and the order of the measurements are seeded. The table is kept under
+    `HF_HOME/hf_prune/latency` (`$HF_PRUNE_CACHE/latency`, if that is set), and measured again for another
+    architecture, dtype, device, batch, length, number of threads, or version of torch or transformers.
+
+    Args:
+        model (`PreTrainedModel`): The model, without a mask, on one device. It is not changed.
+        units ([`PrunableUnits`], *optional*): Its units.
+        batch_size (`int`, *optional*, defaults to 1): Examples in the batch.
+        sequence_length (`int`, *optional*, defaults to 128): Tokens in each example, all of them real (no padding).
+        target_length (`int`, *optional*): Tokens of a decoder that follows an encoder, if there are others.
+
+    Raises:
+        ConfigError: A size is out of range, or the model carries a mask or lies on several devices.
+        UnsupportedModelError: The family is unknown.
+
+    Examples:
+        ```python
+        >>> print(hf_prune.latency_table(model, batch_size=8, sequence_length=32))
+        ```
+    """
+    units = units if units is not None else prunable_units(model)
+    if current_mask(model) is not None:
+        raise ConfigError("The model carries a mask, which takes time itself: take it off with remove_mask(model).")
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        raise ConfigError("Latency is measured on one device, and this model lies on several: use another budget.")
+    inputs = example_inputs(model, batch_size, sequence_length, target_length=target_length)
+    setting = {
+        "family": model.config.model_type,
+        "class": type(model).__name__,
+        "modules": _digest(_described(model)),
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": _device_name(model.device),
+        "threads": torch.get_num_threads() if model.device.type == "cpu" else None,
+        "inputs": model.main_input_name,
+        "batch_size": batch_size,
+        "sequence_length": sequence_length,
+        "target_length": (target_length or sequence_length) if "decoder_input_ids" in inputs else None,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    path = _path(setting)
+    table = _tables.get(path) or _load(path, setting, units)
+    if table is None:
+        table = _measure(model, units, inputs, setting)
+        _save(path, table)
+        logger.info("Measured %s\nKept in %s", table, path)
+    _tables[path] = table
+    return table
+
+
+# Keeping tables
+
+_tables: dict[Path, LatencyTable] = {}  # where the disk can't be written, one run must not see two tables
+
+
+def _digest(parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _described(root: nn.Module) -> list[Any]:
+    """What the time of a module depends on: kinds, numbers and shapes of all its parts."""
+
+    def plain(module: nn.Module) -> list[tuple[str, Any]]:
+        return [
+            (key, value)
+            for key, value in vars(module).items()
+            if isinstance(value, int | float | str) and key not in ("training", "layer_idx") and key[0] != "_"
+        ]
+
+    modules = [(name, type(module).__name__, plain(module)) for name, module in root.named_modules()]
+    return [*modules, *((name, tuple(parameter.shape)) for name, parameter in root.named_parameters())]
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type != "cpu":
+        return device.type
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux on x86
+        return platform.processor() or platform.machine()
+
+
+def _path(setting: Mapping[str, Any]) -> Path:
+    root = os.environ.get("HF_PRUNE_CACHE") or os.path.join(constants.HF_HOME, "hf_prune")
+    digest = _digest([_VERSION, *sorted(setting.items())])
+    return Path(root).expanduser() / "latency" / f"{setting['family']}-{digest[:16]}.json"
+
+
+def _load(path: Path, setting: Mapping[str, Any], units: PrunableUnits) -> LatencyTable | None:
+    try:
+        table = LatencyTable.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        return table if table.setting == setting and table.fits(units) else None
+    except (OSError, ValueError, PruningError):
+        return None
+
+
+def _save(path: Path, table: LatencyTable) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+            json.dump(table.to_dict(), file)
+        os.replace(file.name, path)  # another process may be reading it
+    except OSError as error:
+        logger.warning("The latency table is not kept for the next run: %s", error)
+
+
+# Measuring
+
+
+def _measure(
+    model: PreTrainedModel, units: PrunableUnits, inputs: dict[str, torch.Tensor], setting: dict[str, Any]
+) -> LatencyTable:
+    base = base_model(model)
+    multiple = 32 if model.device.type == "cpu" else 64
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        classes = _equal_layers(base, units)
+        copies = [_cut_copies(base, units, places[0], multiple) for places in classes]
+        total, rest, times = _interleave(model, inputs, classes, copies)
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+    layers = {stack: [0.0] * units[stack].size for stack in units.stacks}
+    blocks = []
+    for (first, *others), own, whole, cut in zip(classes, copies, *times, strict=True):
+        for stack, index in (first, *others):
+            layers[stack][index] = whole
+        for position, group in enumerate(units.of_layer(*first)):
+            counts = sorted(count for name, count in own if name == group.name)
+            if counts:
+                ms = np.array([cut[group.name, count] for count in counts])
+                # More units never take less time: half way between the longest of fewer and the shortest of more.
+                ms = (np.maximum.accumulate(ms) + np.minimum.accumulate(ms[::-1])[::-1]) / 2
+                names = tuple(units.of_layer(*place)[position].name for place in (first, *others))
+                blocks.append(BlockTimes(names, group.kind, tuple(counts), tuple((ms - ms[0]).tolist())))
+    return LatencyTable(setting, tuple(blocks), layers, rest, total, multiple)
+
+
+def _equal_layers(base: nn.Module, units: PrunableUnits) -> list[list[_Place]]:
+    """Layers that do the same work, together: equal modules, shapes and numbers."""
+    classes: dict[str, list[_Place]] = {}
+    for stack, layers in _stacks(base, units.stacks).items():
+        for index, layer in enumerate(layers):
+            classes.setdefault(repr((stack, _described(layer))), []).append((stack, index))
+    return list(classes.values())
+
+
+def _stacks(base: nn.Module, names: Iterable[str]) -> dict[str, nn.ModuleList]:
+    stacks = {}
+    for name in names:
+        layers = base.get_submodule(name)
+        assert isinstance(layers, nn.ModuleList)
+        stacks[name] = layers
+    return stacks
+
+
+def _cut_copies(base: nn.Module, units: PrunableUnits, place: _Place, multiple: int) -> dict[_Point, nn.Module]:
+    """Copies of a layer, each with other numbers of units in one block; all other weights are those of the layer."""
+    stack, index = place
+    layer = base.get_submodule(f"{stack}.{index}")
+    copies = {}
+    for group in units.of_layer(stack, index):
+        if not group.prunable or not group.size:
+            continue
+        step = multiple if group.kind == "neurons" else 1
+        counts = {-(-group.size * i // (_POINTS * step)) * step for i in range(1, _POINTS)} | {group.size}
+        counts |= {0} if group.kind in units.stacks[stack].empty else {1}
+        for count in sorted(count for count in counts if count <= group.size):
+            small = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
+            keep = torch.arange(group.size) < count
+            if isinstance(group.block, AttentionSpec):
+                cut_heads(small, group.block, keep)
+            elif isinstance(group.block, FeedForwardSpec):
+                cut_neurons(small, group.block, keep)
+            copies[group.name, count] = small
+    return copies
+
+
+def _interleave(
+    model: PreTrainedModel,
+    inputs: dict[str, torch.Tensor],
+    classes: list[list[_Place]],
+    copies: list[dict[_Point, nn.Module]],
+) -> tuple[float, float, tuple[list[float], list[dict[_Point, float]]]]:
+    """Time the whole model, what lies outside of its layers, and for each class a whole layer and its copies.
+
+    In each round every copy runs once, at a place of its class among whole layers; places and order are random.
+    """
+    base, rng = base_model(model), random.Random(0)
+    places = [place for own in classes for place in own]
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        inputs = {**inputs, "use_cache": False}  # type: ignore[dict-item]
+    totals: list[float] = []
+    rests: list[float] = []
+    whole: list[list[float]] = [[] for _ in classes]
+    cut: list[dict[_Point, list[float]]] = [{point: [] for point in own} for own in copies]
+    with torch.inference_mode():
+        ms = min(_clocked(model, inputs, [])[0] for _ in range(3))
+        passes = max(-(-(len(own) + 1) // len(at)) for own, at in zip(copies, classes, strict=True))
+        rounds = min(max(int(1e3 * _SECONDS / (ms * (passes + 1))), _LEAST), _MOST)
+        for number in tqdm(range(-1, rounds), desc="Latency table", leave=False, disable=None):
+            queues: list[list[_Point | None]] = [[*own, None] for own in copies]  # None: a whole layer
+            for queue in queues:
+                rng.shuffle(queue)
+            for _ in range(passes):
+                chosen: dict[_Place, tuple[int, _Point | None]] = {}
+                for index, at in enumerate(classes):
+                    for place in rng.sample(at, len(at)):
+                        chosen[place] = index, queues[index].pop() if queues[index] else None
+                with _swapped(base, {p: copies[i][point] for p, (i, point) in chosen.items() if point}):
+                    total, layers = _clocked(model, inputs, places)
+                if number >= 0:  # the first round warms up
+                    rests.append(total - sum(layers.values()))
+                    for place, (index, point) in chosen.items():
+                        (cut[index][point] if point else whole[index]).append(layers[place])
+            total, _ = _clocked(model, inputs, [])
+            if number >= 0:
+                totals.append(total)
+
+    def typical(samples: list[float]) -> float:
+        return float(np.quantile(samples, 0.25))  # what else the machine does only ever adds to a time
+
+    times = [typical(own) for own in whole], [{point: typical(t) for point, t in own.items()} for own in cut]
+    return typical(totals), typical(rests), times
+
+
+@contextmanager
+def _swapped(base: nn.Module, layers: Mapping[_Place, nn.Module]) -> Iterator[None]:
+    """Within the context, other layers are in the place of those of a model."""
+    stacks = _stacks(base, {stack for stack, _ in layers})
+    own = {(stack, index): stacks[stack][index] for stack, index in layers}
+    try:
+        for (stack, index), layer in layers.items():
+            stacks[stack][index] = layer
+        yield
+    finally:
+        for (stack, index), layer in own.items():
+            stacks[stack][index] = layer
+
+
+def _clocked(
+    model: PreTrainedModel, inputs: Mapping[str, Any], places: Iterable[_Place]
+) -> tuple[float, dict[_Place, float]]:
+    """Milliseconds of a forward pass, and of some layers in it."""
+    device = model.device
+    marks: dict[tuple[_Place, str], Any] = {}
+
+    def mark(place: _Place, side: str) -> Callable[[torch.Tensor], None]:
+        return lambda _: marks.update({(place, side): _now(device)})
+
+    names = {f"{stack}.{index}": (stack, index) for stack, index in places}
+    before = {name: mark(place, "before") for name, place in names.items()}
+    after = {name: mark(place, "after") for name, place in names.items()}
+    with observe(base_model(model), before, after):
+        start = _now(device)
+        model(**inputs)
+        end = _now(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return _ms(start, end), {place: _ms(marks[place, "before"], marks[place, "after"]) for place in names.values()}
+
+
+def _now(device: torch.device) -> Any:
+    if device.type != "cpu":  # it works off a queue, and reaches an event when the work before it is done
+        event = torch.Event(device=device, enable_timing=True)
+        event.record()
+        return event
+    # One thread alone can tell its own work from the time in which the core served others.
+    return time.thread_time() if torch.get_num_threads() == 1 and os.name == "posix" else time.perf_counter()
+
+
+def _ms(start: Any, end: Any) -> float:
+    return 1e3 * (end - start) if isinstance(start, float) else float(start.elapsed_time(end))
