@@ -37,11 +37,18 @@ if TYPE_CHECKING:
         FisherConfig as FisherConfig,
         KCMConfig as KCMConfig,
         MagnitudeConfig as MagnitudeConfig,
+        MethodConfig as MethodConfig,
         Paper as Paper,
         Pruner as Pruner,
         PruningConfig as PruningConfig,
         RandomConfig as RandomConfig,
         RecoverableConfig as RecoverableConfig,
+        RIAConfig as RIAConfig,
+        SparseGPTConfig as SparseGPTConfig,
+        WandaConfig as WandaConfig,
+        WeightMagnitudeConfig as WeightMagnitudeConfig,
+        WeightPruner as WeightPruner,
+        WeightPruningConfig as WeightPruningConfig,
         known_pruners as known_pruners,
         register_pruner as register_pruner,
     )
@@ -65,6 +72,7 @@ if TYPE_CHECKING:
     from .surgery import shrink as shrink
     from .units import PrunableUnits as PrunableUnits, UnitGroup as UnitGroup, prunable_units as prunable_units
     from .verification import verify_architecture as verify_architecture
+    from .weight_masks import WeightMask as WeightMask
 
 _MODULES = {
     "architectures": (
@@ -94,11 +102,18 @@ _MODULES = {
         "FisherConfig",
         "KCMConfig",
         "MagnitudeConfig",
+        "MethodConfig",
         "Paper",
         "Pruner",
         "PruningConfig",
+        "RIAConfig",
         "RandomConfig",
         "RecoverableConfig",
+        "SparseGPTConfig",
+        "WandaConfig",
+        "WeightMagnitudeConfig",
+        "WeightPruner",
+        "WeightPruningConfig",
         "known_pruners",
         "register_pruner",
     ),
@@ -122,6 +137,7 @@ _MODULES = {
     "surgery": ("shrink",),
     "units": ("PrunableUnits", "UnitGroup", "prunable_units"),
     "verification": ("verify_architecture",),
+    "weight_masks": ("WeightMask",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .batches import Batch, read_batches
 from .errors import CalibrationError, ConfigError
 from .gates import LayerCalls, observe, record_calls, unit_masks
+from .offload import execution_device
 from .units import UnitGroup, base_model, prunable_units
 
 
@@ -165,7 +166,7 @@ class Calibrator:
         """This process's batches with their indices, on the model's device, with a progress bar."""
         quiet = not process_state().is_main_process or None  # None: only where stderr is a terminal
         for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
-            yield index, send_to_device(batch, self.model.device)
+            yield index, send_to_device(batch, execution_device(self.model))
 
     def forward(self, batch: Batch) -> Any:
         """One forward pass without a KV cache."""
@@ -339,7 +340,7 @@ class Calibrator:
         """Some encoder-decoders make do with the encoder's input (BART), others need their own: only they know."""
         if not self.model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & set(batch):
             return
-        first = {name: value[:1].to(self.model.device) for name, value in batch.items()}
+        first = {name: value[:1].to(execution_device(self.model)) for name, value in batch.items()}
         try:
             with self.evaluating():
                 self.forward(first)

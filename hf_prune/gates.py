@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .masks import PruningMask
+from .offload import refuse_offloaded
 from .units import PrunableUnits, UnitGroup, base_model, kept_columns, projection, prunable_units
 
 GATE = "hf_prune_gate"
@@ -80,7 +81,9 @@ def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
 
     Raises:
         MaskError: The mask is for another model.
+        UnsupportedModelError: The model is offloaded.
     """
+    refuse_offloaded(model)
     units = prunable_units(model)
     mask.check(units)
     remove_mask(model)
@@ -198,6 +201,39 @@ def unit_masks(root: nn.Module, groups: Iterable[UnitGroup], samples: int) -> It
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def replace_layers(root: nn.Module, stack: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, the layers of a stack don't run: a function is called in place of each.
+
+    Args:
+        root (`nn.Module`): The base model.
+        stack (`str`): The stack.
+        function (`Callable`): Called as `function(index, forward, hidden, arguments)`, with the forward pass that the
+            layer would run, what goes in, and its other (positional, keyword) arguments.
+    """
+    layers = root.get_submodule(stack)
+    assert isinstance(layers, nn.ModuleList)
+    own = [layer.__dict__.get("forward") for layer in layers]
+
+    def replaced(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            hidden, others = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            return function(index, forward, hidden, (others, kwargs))
+
+        return call
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = replaced(index, layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
 
 
 @dataclass
