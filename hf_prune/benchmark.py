@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .costs import DEFAULT_LENGTH, model_costs
 from .errors import ConfigError, PruningError
+from .offload import execution_device
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def example_inputs(
         )
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = _token_ids(config, (batch_size, sequence_length), generator)
-    return {name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+    device = execution_device(model)
+    return {name: x.to(device, model.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
 
 def _token_ids(

@@ -223,7 +223,7 @@ class TestInspect:
     def test_lowest_budgets_are_feasible_and_no_lower_ones(self, run, dense):
         lowest = json.loads(run("inspect", dense, "--json")[1])["lowest_macs"]
         model = AutoModelForSequenceClassification.from_pretrained(dense)
-        assert sorted(lowest) == known_pruners()
+        assert sorted(lowest) == [name for name in known_pruners() if get_pruner(name).kinds]
         for name, ratio in lowest.items():
             kinds = get_pruner(name).kinds
             Selector(CostTable(model), {"macs": ratio}, kinds)

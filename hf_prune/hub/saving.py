@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -26,6 +27,7 @@ from ..errors import ConfigError, MaskError, PruningError, SaveError
 from ..gates import current_mask, masked_columns
 from ..layout import disable, enable
 from ..masks import PruningMask
+from ..offload import execution_device
 from ..report import PruningReport
 from ..units import PrunableUnits, prunable_units, site
 from .standalone import add_standalone_code
@@ -161,12 +163,12 @@ def _verify(
                 f"{key} is {state[key].dtype} in memory and {loaded[key].dtype} when it is reloaded, nothing was "
                 "replaced: transformers loads a checkpoint in one dtype. Cast the model first: model.to(dtype)."
             )
-        if key not in loaded or key not in state or not _same(state[key], loaded[key]):
+        if key not in loaded or key not in state or not _same(_value(model, key, state[key]), loaded[key]):
             raise SaveError(
                 f"The saved {name} reloads with another {key!r}, nothing was replaced. Please report this family."
             )
     try:
-        again = again.to(model.device)
+        again = again.to(execution_device(model))
         inputs = example_inputs(model, batch_size=1, sequence_length=8)
         ours = _outputs(model, inputs)
     except (ConfigError, RuntimeError, ValueError, TypeError) as error:
@@ -209,6 +211,12 @@ def _reload(model: PreTrainedModel, directory: Path, standalone: bool, variant: 
             enable()
         module = sys.modules.pop(remote.__module__)
         shutil.rmtree(Path(str(module.__file__)).parents[1], ignore_errors=True)  # transformers caches the code
+
+
+def _value(model: PreTrainedModel, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """An entry of the state dict, wherever Accelerate keeps it."""
+    value: torch.Tensor = load_offloaded_parameter(model, key) if tensor.is_meta else tensor
+    return value
 
 
 def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:

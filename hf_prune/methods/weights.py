@@ -111,8 +111,8 @@ def square_sum(inputs: torch.Tensor) -> torch.Tensor:
     """Σ x² of each input over tokens: (tokens, inputs) -> float64 of shape (inputs,)."""
     total = torch.zeros(inputs.shape[1], dtype=torch.float64, device=inputs.device)
     rows = max(1, 2**20 // inputs.shape[1])
-    for part in torch.tensor_split(inputs, range(rows, len(inputs), rows)):  # small enough for the caches
-        total += part.float().square().sum(0)
+    for start in range(0, len(inputs), rows):  # parts small enough for the caches
+        total += inputs[start : start + rows].float().square().sum(0)
     return total
 
 
