@@ -214,7 +214,7 @@ class BlockWalk:
         """
         quiet = not process_state().is_main_process or None
         positions = tqdm(range(len(self.blocks)), desc="prune blocks", disable=quiet, leave=False)
-        if self.observation is None or self.calibrator is None:
+        if self.observation is None or self.calibrator is None or self.start >= len(self.blocks):
             for position in positions:
                 block = self.blocks[position]
                 with resident(self._layers(block.stack)[block.layer], write=self.changes):
@@ -247,7 +247,7 @@ class _Stream:
         self.calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch and layer: other arguments
         self.real: dict[str, list[torch.Tensor | None]] = {}
         self.first = 0  # the layer whose call is the first in `calls`
-        self.gaps: set[int] = set()  # layers that do not read what the layer below returned
+        self.gaps: set[tuple[str, int]] = set()  # layers that do not read what the layer below returned
         self.extras: dict[str, tuple[Any, ...] | None] = {}  # what layers return beyond hidden states, if constant
 
     @cached_property
@@ -258,7 +258,7 @@ class _Stream:
     def enter(self, block: Block) -> None:
         """Find out how the layers of a stack are called, where that is not known yet, without running them."""
         stack, at = block.stack, block.layer
-        if stack in self.hidden and at not in self.gaps:
+        if stack in self.hidden and (stack, at) not in self.gaps:
             return
         self.hidden.setdefault(stack, _Activations(self.folder, stack))
         self.calls, self.first, self.real[stack] = [], at, []
@@ -291,7 +291,7 @@ class _Stream:
                 if index == at:
                     self.hidden[stack][batch] = hidden
                 elif hidden is not last:
-                    self.gaps.add(index)
+                    self.gaps.add((stack, index))
                 self.calls[-1].append(tree_map(moved, others))
                 last = hidden
                 if index == count - 1:

@@ -30,6 +30,7 @@ from ..masks import PruningMask
 from ..offload import execution_device
 from ..report import PruningReport
 from ..units import PrunableUnits, prunable_units, site
+from ..weight_masks import WeightMask
 from .standalone import add_standalone_code
 
 logger = logging.get_logger(__name__)
@@ -40,7 +41,7 @@ def save_pretrained(
     save_directory: str | os.PathLike[str],
     *,
     processing_class: Any = None,
-    mask: PruningMask | None = None,
+    mask: PruningMask | WeightMask | None = None,
     report: PruningReport | None = None,
     standalone: bool = False,
     **options: Any,
@@ -55,7 +56,7 @@ def save_pretrained(
         model (`PreTrainedModel`): The model.
         save_directory (`str` or path): The folder. Files in it that belong to no model stay.
         processing_class (*optional*): Tokenizer or processor to save beside it.
-        mask ([`PruningMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the mask that the model
+        mask ([`PruningMask`] or [`WeightMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the mask that the model
             carries.
         report ([`PruningReport`], *optional*): To save as `pruning_report.json`.
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that

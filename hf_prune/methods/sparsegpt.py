@@ -55,9 +55,12 @@ def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor
     Args:
         hessian (`torch.Tensor`): H, (inputs, inputs), with a diagonal above zero.
         damping (`float`, *optional*, defaults to 0.01): See above.
+
+    Raises:
+        CalibrationError: It does not exist at any damping.
     """
     mean = hessian.diagonal().mean()
-    while True:
+    while damping < 1e6:
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
@@ -67,6 +70,7 @@ def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor
             if not failed and factor.isfinite().all():
                 return factor
         damping = damping * 10 if damping else 1e-4
+    raise CalibrationError("SparseGPT's Hessian can't be inverted: check the calibration data for extreme values.")
 
 
 def sparsegpt(
