@@ -56,8 +56,8 @@ def save_pretrained(
         model (`PreTrainedModel`): The model.
         save_directory (`str` or path): The folder. Files in it that belong to no model stay.
         processing_class (*optional*): Tokenizer or processor to save beside it.
-        mask ([`PruningMask`] or [`WeightMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the mask that the model
-            carries.
+        mask ([`PruningMask`] or [`WeightMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the
+            mask that the model carries.
         report ([`PruningReport`], *optional*): To save as `pruning_report.json`.
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that
             `from_pretrained(..., trust_remote_code=True)` loads the model where hf_prune is not installed.
