@@ -3,10 +3,10 @@
     python benchmarks/weights.py --model MODEL --train wiki.train.tokens.gz --valid wiki.valid.tokens.gz \\
         --methods wanda:0.5 wanda:2:4 sparsegpt:0.5 wanda:0.6:owl
 
-A method is NAME:SPARSITY or NAME:N:M, with `:owl` behind it for OWL's ratios. Calibration: 16 windows of 512 tokens,
-the first of the characters 200,000 to 500,000 of the training text. Perplexity: 4 windows of 1,024 tokens, the first
-of the validation text. A plain pass runs the calibration windows through embeddings and blocks, without the head,
-timed just before each pruning; all in CPU seconds on one thread.
+A method is NAME:SPARSITY or NAME:N:M, with `:owl` behind it for OWL's ratios, or `:paper` for SparseGPT's threshold.
+Calibration: 16 windows of 512 tokens, the first of the characters 200,000 to 500,000 of the training text.
+Perplexity: 4 windows of 1,024 tokens, the first of the validation text. A plain pass runs the calibration windows
+through embeddings and blocks, without the head, timed just before each pruning; all in CPU seconds on one thread.
 """
 
 import argparse
@@ -35,10 +35,10 @@ def perplexity(model: transformers.PreTrainedModel, windows: torch.Tensor) -> fl
 
 def config(method: str) -> hf_prune.MethodConfig:
     name, *options = method.split(":")
-    owl = {"ratios": "owl"} if options[-1] == "owl" else {}
-    options = options[: len(options) - len(owl)]
+    extra = {"owl": {"ratios": "owl"}, "paper": {"threshold": "paper"}}.get(options[-1], {})
+    options = options[: len(options) - len(extra)]
     much = {"pattern": ":".join(options)} if len(options) == 2 else {"sparsity": float(options[0])}
-    return hf_prune.MethodConfig.from_dict({"method": name, **much, **owl})
+    return hf_prune.MethodConfig.from_dict({"method": name, **much, **extra})
 
 
 def main() -> None:
@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--valid", required=True)
     parser.add_argument("--methods", nargs="+", default=["wanda:0.5"], metavar="METHOD")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, default=4)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -66,12 +67,12 @@ def main() -> None:
     for method in args.methods:
         started = time.process_time()
         with torch.no_grad():
-            for index in range(0, len(data), 4):
-                batch = torch.stack([row["input_ids"] for row in data[index : index + 4]])
+            for index in range(0, len(data), args.batch_size):
+                batch = torch.stack([row["input_ids"] for row in data[index : index + args.batch_size]])
                 dense.base_model(batch, use_cache=False)
         plain, model = time.process_time() - started, copy.deepcopy(dense)
         started = time.process_time()
-        result = hf_prune.prune(model, config(method), data, batch_size=4)
+        result = hf_prune.prune(model, config(method), data, batch_size=args.batch_size)
         seconds = time.process_time() - started
         cells = [method, f"{result.report.sparsity():.2%}", f"{perplexity(model, valid):.2f}", f"{seconds:.1f}"]
         print("| " + " | ".join([*cells, f"{seconds / plain:.2f}"]) + " |", flush=True)

@@ -1,4 +1,8 @@
-"""Magnitude of single weights: the baseline that every score must beat."""
+"""Magnitude of single weights: the baseline that every score must beat.
+
+As in Wanda, weights are compared within an output. That is a stronger baseline than one threshold for a matrix, which
+the tables of Wanda show.
+"""
 
 from dataclasses import dataclass
 
@@ -13,19 +17,11 @@ class WeightMagnitudeConfig(WeightPruningConfig):
     """Options of magnitude pruning. See [`WeightPruningConfig`]."""
 
 
-def keep_largest(weight: torch.Tensor, target: Target) -> torch.Tensor:
-    """Which weights stay when the smallest of a matrix are pruned, of each group for a pattern: bool of its shape."""
-    size = weight.float().abs()
-    if isinstance(target, tuple):
-        return keep_highest(size, target)
-    return keep_highest(size.reshape(1, -1), target).reshape(size.shape)
-
-
 @register_pruner("weight_magnitude", WeightMagnitudeConfig)
 class WeightMagnitudePruner(WeightPruner[WeightMagnitudeConfig]):
-    """Zeroes the smallest weights of each matrix."""
+    """Zeroes the smallest weights of each output."""
 
     needs_data = False
 
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-        return keep_largest(weight, target), weight
+        return keep_highest(weight.float().abs(), target), weight
