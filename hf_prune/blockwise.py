@@ -221,7 +221,10 @@ class BlockWalk:
                     yield block, {}
             return
         with self.calibrator.evaluating(), ExitStack() as stack:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self.folder)) if self.folder else None
+            folder = None
+            if self.folder is not None:
+                os.makedirs(self.folder, exist_ok=True)
+                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self.folder))
             stream = _Stream(self.calibrator, self.base, folder)
             for position in positions:
                 block, followed = self.blocks[position], position + 1 < len(self.blocks)
@@ -317,11 +320,12 @@ class _Stream:
         seen: list[str] = []
         final = None  # a projection after which there is nothing to see: what it computes is not needed
         for index in range(len(self.calls)):
+            hidden = self.hidden[block.stack][index]
             real = {True: self.real[self.encoder][index], False: self.real[block.stack][index]}
-            watch = _Watch(observation, sums, len(self.hidden[block.stack][index]), seen, None if advance else final)
+            watch = _Watch(observation, sums, len(hidden), seen, None if advance else final)
             with observe(layer, {m.path: watch.feed(m, real[m.reads_encoder]) for m in block.matrices}):
                 try:
-                    output = self._call(layer, block, index)
+                    output = self._call(layer, block, index, hidden)
                     if advance:
                         self.hidden[block.stack][index] = output
                 except _Stop:
@@ -336,14 +340,14 @@ class _Stream:
     def advance(self, layer: nn.Module, block: Block) -> None:
         """Run all batches through a block."""
         for index in range(len(self.calls)):
-            self.hidden[block.stack][index] = self._call(layer, block, index)
+            self.hidden[block.stack][index] = self._call(layer, block, index, self.hidden[block.stack][index])
 
-    def _call(self, layer: nn.Module, block: Block, index: int) -> torch.Tensor:
+    def _call(self, layer: nn.Module, block: Block, index: int, hidden: torch.Tensor) -> torch.Tensor:
         moved = _Moved(execution_device(layer))
         args, kwargs = tree_map(moved, self.calls[index][block.layer - self.first])
-        output = layer(moved(self.hidden[block.stack][index]), *args, **kwargs)
-        hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
+        output = layer(moved(hidden), *args, **kwargs)
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
 
 
 class _Moved:
@@ -441,7 +445,7 @@ def prune_blocks(
     originals: dict[str, torch.Tensor] = {}
     offloaded, started, done = is_offloaded(model), False, 0
     try:
-        with closing(walk.visit()) as visits, torch.no_grad():
+        with torch.no_grad(), closing(walk.visit()) as visits:
             for position, (block, sums) in enumerate(visits):
                 if not started:
                     _log_memory(model, walk, sums, offloaded)
@@ -472,10 +476,10 @@ def prune_blocks(
         with torch.no_grad():
             for name, original in originals.items():
                 model.get_parameter(name).copy_(original)
-        if offloaded and done:
+        if offloaded and started:
             logger.error(
-                f"The first {done} of {len(walk.blocks)} blocks are pruned already, and their dense weights are gone: "
-                "load the model again. With checkpoint_dir the next run continues behind them."
+                f"{done} of {len(walk.blocks)} blocks are pruned already, the next perhaps in part: load the model "
+                "again. With checkpoint_dir the next run continues behind them."
             )
         raise
     return WeightMask.from_bits(bits, shapes), rows

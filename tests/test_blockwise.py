@@ -178,7 +178,7 @@ class TestOffloading:
         model = accelerate.cpu_offload(tiny_model("llama"), execution_device="cpu")
         with pytest.raises(RuntimeError, match="stop"):
             hf_prune.prune(model, self.config, [tiny_batch("llama")])
-        assert "The first 1 of 3 blocks are pruned already" in caplog.text
+        assert "1 of 3 blocks are pruned already" in caplog.text
 
     def test_hidden_states_on_disk(self, tmp_path):
         data = [tiny_batch("bart", size=4, padded=True, seed=seed) for seed in range(2)]
@@ -213,7 +213,7 @@ class TestInterruptions:
         fail_at(monkeypatch, 20, error)
         with pytest.raises(error):
             hf_prune.prune(model, WandaConfig(sparsity=0.5), self.data)
-        assert same(weights(model), dense)
+        assert same(weights(model), dense) and torch.is_grad_enabled()
         monkeypatch.undo()
         hf_prune.prune(
             model, WandaConfig(sparsity=0.5), self.data
