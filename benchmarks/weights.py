@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--valid", required=True)
     parser.add_argument("--methods", nargs="+", default=["wanda:0.5"], metavar="METHOD")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=1)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
