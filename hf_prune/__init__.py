@@ -42,11 +42,18 @@ if TYPE_CHECKING:
         KPruneConfig as KPruneConfig,
         LayerDropConfig as LayerDropConfig,
         MagnitudeConfig as MagnitudeConfig,
+        MethodConfig as MethodConfig,
         Paper as Paper,
         Pruner as Pruner,
         PruningConfig as PruningConfig,
         RandomConfig as RandomConfig,
         RecoverableConfig as RecoverableConfig,
+        RIAConfig as RIAConfig,
+        SparseGPTConfig as SparseGPTConfig,
+        WandaConfig as WandaConfig,
+        WeightMagnitudeConfig as WeightMagnitudeConfig,
+        WeightPruner as WeightPruner,
+        WeightPruningConfig as WeightPruningConfig,
         known_pruners as known_pruners,
         register_pruner as register_pruner,
     )
@@ -70,6 +77,7 @@ if TYPE_CHECKING:
     from .surgery import shrink as shrink
     from .units import PrunableUnits as PrunableUnits, UnitGroup as UnitGroup, prunable_units as prunable_units
     from .verification import verify_architecture as verify_architecture
+    from .weight_masks import WeightMask as WeightMask
 
 _MODULES = {
     "architectures": (
@@ -104,11 +112,18 @@ _MODULES = {
         "KPruneConfig",
         "LayerDropConfig",
         "MagnitudeConfig",
+        "MethodConfig",
         "Paper",
         "Pruner",
         "PruningConfig",
+        "RIAConfig",
         "RandomConfig",
         "RecoverableConfig",
+        "SparseGPTConfig",
+        "WandaConfig",
+        "WeightMagnitudeConfig",
+        "WeightPruner",
+        "WeightPruningConfig",
         "known_pruners",
         "register_pruner",
     ),
@@ -132,6 +147,7 @@ _MODULES = {
     "surgery": ("shrink",),
     "units": ("PrunableUnits", "UnitGroup", "prunable_units"),
     "verification": ("verify_architecture",),
+    "weight_masks": ("WeightMask",),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

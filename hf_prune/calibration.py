@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from .batches import Batch, read_batches
 from .errors import CalibrationError, ConfigError
 from .gates import LayerCalls, Observer, grad_inputs, observe, record_calls
+from .offload import execution_device
 from .units import UnitGroup, base_model, prunable_units
 
 
@@ -202,7 +203,7 @@ class Calibrator:
         """This process's batches with their indices, on the model's device, with a progress bar."""
         quiet = not process_state().is_main_process or None  # None: only where stderr is a terminal
         for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
-            yield index, send_to_device(batch, self.model.device)
+            yield index, send_to_device(batch, execution_device(self.model))
 
     def examples(self, index: int) -> list[int]:
         """The numbers of the examples in a batch of this process, counted over all batches of all processes."""
@@ -456,7 +457,7 @@ class Calibrator:
         """Some encoder-decoders make do with the encoder's input (BART), others need their own: only they know."""
         if not self.model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & set(batch):
             return
-        first = {name: value[:1].to(self.model.device) for name, value in batch.items()}
+        first = {name: value[:1].to(execution_device(self.model)) for name, value in batch.items()}
         try:
             with self.evaluating():
                 self.forward(first)

@@ -5,7 +5,7 @@ deepcopy, checkpoints, DDP, gradient checkpointing and torch.compile treat it as
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .masks import PruningMask
+from .offload import refuse_offloaded
 from .units import PrunableUnits, UnitGroup, base_model, kept_columns, projection, prunable_units
 
 GATE = "hf_prune_gate"
@@ -80,7 +81,9 @@ def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
 
     Raises:
         MaskError: The mask is for another model.
+        UnsupportedModelError: The model is offloaded.
     """
+    refuse_offloaded(model)
     units = prunable_units(model)
     mask.check(units)
     remove_mask(model)
@@ -211,6 +214,39 @@ def grad_inputs(root: nn.Module, names: Iterable[str]) -> Iterator[dict[str, tor
             handle.remove()
 
 
+@contextmanager
+def replace_layers(root: nn.Module, stack: str, function: Callable[..., Any]) -> Iterator[None]:
+    """Within the context, the layers of a stack don't run: a function is called in place of each.
+
+    Args:
+        root (`nn.Module`): The base model.
+        stack (`str`): The stack.
+        function (`Callable`): Called as `function(index, forward, hidden, arguments)`, with the forward pass that the
+            layer would run, what goes in, and its other (positional, keyword) arguments.
+    """
+    layers = root.get_submodule(stack)
+    assert isinstance(layers, nn.ModuleList)
+    own = [layer.__dict__.get("forward") for layer in layers]
+
+    def replaced(index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            hidden, others = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            return function(index, forward, hidden, (others, kwargs))
+
+        return call
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.forward = replaced(index, layer.forward)
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                layer.__dict__.pop("forward", None)
+            else:
+                layer.forward = forward
+
+
 @dataclass
 class LayerCalls:
     """How the layers of one stack were called for one batch, and what they returned.
@@ -220,12 +256,14 @@ class LayerCalls:
         end (`torch.Tensor`): What came out of the last.
         arguments (`list`): For each layer the other positional and the keyword arguments.
         rest (`list`): For each layer what it returned behind the hidden states, `None` if it returned them alone.
+        gaps (`set[int]`): Layers that read something else than what the layer below returned.
     """
 
     hidden: torch.Tensor
     end: torch.Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     rest: list[tuple[Any, ...] | None] = field(default_factory=list)
+    gaps: set[int] = field(default_factory=set)
 
 
 @contextmanager
@@ -240,12 +278,15 @@ def record_calls(root: nn.Module, stacks: Iterable[str]) -> Iterator[dict[str, L
     handles = []
 
     def before(stack: str) -> Callable[..., None]:
-        def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = dict(kwargs)
             hidden, others = (args[0], args[1:]) if args else (named.pop("hidden_states"), ())
-            calls.setdefault(stack, LayerCalls(hidden, hidden)).arguments.append((others, named))
+            call = calls.setdefault(stack, LayerCalls(hidden, hidden))
+            if hidden is not call.end:
+                call.gaps.add(len(call.arguments))
+            call.arguments.append((others, named))
 
-        return call
+        return note
 
     def after(stack: str) -> Callable[..., None]:
         def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -272,30 +313,25 @@ def record_calls(root: nn.Module, stacks: Iterable[str]) -> Iterator[dict[str, L
 def resume_at(
     root: nn.Module, calls: Mapping[str, LayerCalls], hidden: Mapping[str, tuple[int, torch.Tensor]]
 ) -> Iterator[None]:
-    """Within the context, a forward pass computes the upper layers only: the lower ones return what is known.
+    """Within the context, a forward pass computes the upper layers only.
 
     Args:
         root (`nn.Module`): The base model.
         calls (`dict[str, LayerCalls]`): What [`record_calls`] recorded for this batch.
-        hidden (`dict[str, tuple[int, torch.Tensor]]`): For a stack the first layer to compute (its number of layers
-            to compute none) and what goes into that layer.
+        hidden (`dict[str, tuple[int, torch.Tensor]]`): For a stack the first layer to compute and what goes into it;
+            its number of layers, to compute none, and what comes out of the last.
     """
 
-    def known(start: torch.Tensor, rest: tuple[Any, ...] | None) -> Callable[..., Any]:
-        return lambda *args, **kwargs: start if rest is None else (start, *rest)
+    def resumed(first: int, start: torch.Tensor, rest: list[tuple[Any, ...] | None]) -> Callable[..., Any]:
+        def layer(index: int, forward: Callable[..., Any], given: torch.Tensor, others: Any) -> Any:
+            if index < first:
+                extras = rest[index]
+                return start if extras is None else (start, *extras)
+            return forward(start if index == first else given, *others[0], **others[1])
 
-    replaced: list[tuple[nn.Module, Any]] = []
-    try:
+        return layer
+
+    with ExitStack() as replaced:
         for stack, (first, start) in hidden.items():
-            layers = root.get_submodule(stack)
-            assert isinstance(layers, nn.ModuleList)
-            for layer, rest in zip(layers[:first], calls[stack].rest, strict=False):
-                replaced.append((layer, vars(layer).get("forward")))
-                layer.forward = known(start, rest)
+            replaced.enter_context(replace_layers(root, stack, resumed(first, start, calls[stack].rest)))
         yield
-    finally:
-        for layer, own in replaced:
-            if own is None:
-                del layer.forward
-            else:  # of a model that Accelerate dispatched
-                layer.forward = own

@@ -35,8 +35,9 @@ from transformers.utils import logging
 from .architectures import AttentionSpec, FeedForwardSpec
 from .errors import ConfigError, PruningError
 from .gates import current_mask, observe
-from .surgery import cut_heads, cut_neurons
-from .timing import DEFAULT_LENGTH, example_inputs
+from .masks import PruningMask
+from .surgery import cut_heads, cut_neurons, shrink
+from .timing import DEFAULT_LENGTH, example_inputs, measure_latency
 from .units import Kind, PrunableUnits, base_model, prunable_units
 
 logger = logging.get_logger(__name__)
@@ -224,6 +225,27 @@ def latency_table(
         logger.info("Measured %s\nKept in %s", table, path)
     _tables[path] = table
     return table
+
+
+def measure_pruned(model: PreTrainedModel, mask: PruningMask, table: LatencyTable) -> dict[str, float | None]:
+    """Milliseconds of a dense model (`before`) and of what `mask` leaves of it (`after`), in turns; `None` where the
+    memory does not suffice.
+
+    Args:
+        model (`PreTrainedModel`): The dense model, without a mask.
+        mask ([`PruningMask`]): What stays.
+        table ([`LatencyTable`]): Whose batch and lengths the inputs have.
+    """
+    lengths = {name: table.setting[name] for name in ("batch_size", "sequence_length", "target_length")}
+    repeats = min(max(round(5_000 / table.total), 5), 30)
+    try:
+        # What is not cut is shared: the copy takes as much memory as the kept part of the pruned blocks.
+        small = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+        measured = measure_latency({"before": model, "after": shrink(small, mask)}, **lengths, repeats=repeats)
+    except RuntimeError as error:  # out of memory, as a rule: no reason to lose what has been computed
+        logger.warning("The latency of the pruned model could not be measured: %s", error)
+        return {"before": None, "after": None}
+    return {name: run.p50_ms for name, run in measured.items()}
 
 
 # Keeping tables

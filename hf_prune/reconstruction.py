@@ -350,13 +350,33 @@ class Walk:
     def leave(self, small: nn.Module | None) -> None:
         """Run the student through its layer, `None` if that was dropped."""
         layer, same = self.layers[self.index], self.student is self.teacher
-        self.teacher = self._ends
-        if same and small is layer:
-            self.student = self.teacher
-        elif small is not None:
-            self.student = [
-                self._run(small, x, call) for x, call in zip(self.student, self._student_calls, strict=True)
-            ]
+        ends, pairs = self.student, zip(self.student, self._student_calls, strict=True)
+        if small is not None and not (same and small is layer):
+            ends = [self._run(small, hidden, call) for hidden, call in pairs]
+        self.teacher = self._between(self._ends)
+        self.student = self.teacher if same and small is layer else self._between(ends)
+
+    def _between(self, ends: list[torch.Tensor]) -> list[torch.Tensor]:
+        """What the next layer reads, where that is not what this one returned: DeBERTa's convolution comes between."""
+        following = self.index + 1
+        if not any(following in call.gaps for call in self._teacher_calls):
+            return ends
+        base = base_model(self.calibrator.model)
+        found: list[torch.Tensor] = []
+
+        def reach(x: torch.Tensor) -> None:
+            found.append(x)
+            raise _Reached
+
+        for index, batch in self.calibrator.batches("enter layer"):
+            calls = {self.stack: self._teacher_calls[index]}
+            with (
+                resume_at(base, calls, {self.stack: (following, ends[index])}),
+                observe(base, {f"{self.stack}.{following}": reach}),
+                suppress(_Reached),
+            ):
+                self.calibrator.forward(batch)
+        return found
 
     def _run(self, layer: nn.Module, hidden: torch.Tensor, call: LayerCalls) -> torch.Tensor:
         args, kwargs = call.arguments[self.index]

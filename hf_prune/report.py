@@ -25,9 +25,13 @@ class PruningReport:
         config (`dict`): Its options.
         model_class, model_type (`str`): Class and family of the model.
         before, after (`dict[str, float]`): `macs`, `params` and `memory` (bytes of weights) of the dense and the
-            pruned model; under a budget of latency also `latency`, the predicted milliseconds.
+            pruned model; under a budget of latency also `latency`, the predicted milliseconds; where single weights
+            were pruned also `nonzero`, the parameters that are not zero (zeros outside the pruned matrices are not
+            looked for).
         sequence_lengths (`dict[str, float]`): For each stack the tokens per example at which MACs were counted.
         units (`list[dict]`): For each group of units its name, kind, stack, layer, size and how many were kept.
+        weights (`list[dict]`): For each matrix whose single weights were pruned its name, stack, layer, size, and how
+            many of its weights are zero (`zeros`) and were so before (`zeros_before`).
         calibration (`dict`, *optional*): Samples, tokens and fingerprint of the data.
         seconds (`float`): Wall-clock time of the run.
         processes (`int`): Number of processes.
@@ -45,7 +49,8 @@ class PruningReport:
     before: dict[str, float]
     after: dict[str, float]
     sequence_lengths: dict[str, float]
-    units: list[dict[str, Any]]
+    units: list[dict[str, Any]] = field(default_factory=list)
+    weights: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
     seconds: float = 0.0
     processes: int = 1
@@ -58,7 +63,18 @@ class PruningReport:
         """Kept share of a metric."""
         return self.after[metric] / self.before[metric]
 
+    def sparsity(self) -> float:
+        """Share of zeros in the matrices whose single weights were pruned."""
+        zeros, size = (sum(row[key] for row in self.weights) for key in ("zeros", "size"))
+        return float(zeros / max(size, 1))
+
     def __str__(self) -> str:
+        if self.weights:
+            return (
+                f"{self.method}: {self.sparsity():.2%} of {sum(row['size'] for row in self.weights):,} weights in "
+                f"{len(self.weights)} matrices are zero, {self.ratio('nonzero'):.1%} of all parameters are left, in "
+                f"{self.seconds:.1f} s. Zeros in dense tensors make a model neither smaller nor faster."
+            )
         lengths = ", ".join(f"{n:.4g}" for n in self.sequence_lengths.values())
         kept: dict[str, list[int]] = {kind: [0, 0] for kind in KINDS}
         for row in self.units:

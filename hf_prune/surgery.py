@@ -13,6 +13,7 @@ from .errors import MaskError
 from .gates import current_mask, remove_mask
 from .layout import KEY, ConfigView, record, skeleton
 from .masks import PruningMask
+from .offload import refuse_offloaded
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, projection, prunable_units
 
 
@@ -155,10 +156,14 @@ def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTraine
 
     The model is unchanged after an error.
     """
+    refuse_offloaded(model)
     units = prunable_units(model)
     mask = mask if mask is not None else current_mask(model)
     if mask is None:
-        raise MaskError("There is nothing to shrink: prune the model first, or pass shrink(model, mask).")
+        raise MaskError(
+            "There is nothing to shrink: prune the model first, or pass shrink(model, mask). A model whose single "
+            "weights were zeroed keeps its shapes: save it as it is."
+        )
     check_shrinkable(units, mask)
     # The whole operation once on the meta device: if it fails there, no weight has been touched.
     rehearsal = skeleton(model, model.config)

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .errors import ConfigError
+from .offload import execution_device
 
 DEFAULT_LENGTH = 128
 
@@ -86,7 +87,8 @@ def example_inputs(
         )
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = _token_ids(config, (batch_size, target_length), generator)
-    return {name: x.to(model.device, model.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
+    device = execution_device(model)
+    return {name: x.to(device, model.dtype if x.is_floating_point() else x.dtype) for name, x in inputs.items()}
 
 
 def _token_ids(

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .architectures import Architecture, AttentionSpec, FeedForwardSpec, StackSpec, get_architecture
 from .errors import ConfigError, UnsupportedModelError, unknown
+from .offload import is_offloaded
 
 Projection: TypeAlias = nn.Linear | Conv1D
 Kind = Literal["heads", "neurons", "layers"]
@@ -154,8 +155,7 @@ def refuse_unprunable(model: object) -> None:
     """Raise if a model can't be pruned as it is, and say what to do.
 
     Raises:
-        UnsupportedModelError: Not a `PreTrainedModel`, or one with adapters, quantised, on the meta device or
-            offloaded.
+        UnsupportedModelError: Not a `PreTrainedModel`, or one with adapters, quantised, or without weights.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
@@ -176,11 +176,8 @@ def refuse_unprunable(model: object) -> None:
         raise UnsupportedModelError(
             f"{name} is quantised ({type(quantizer).__name__}): load it in float, prune, then quantise."
         )
-    for module in model.modules():
-        if getattr(getattr(module, "_hf_hook", None), "offload", False):
-            raise UnsupportedModelError(f"{name} is offloaded: load it without device_map offloading to prune it.")
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
-    if meta is not None:
+    if meta is not None and not is_offloaded(model):
         raise UnsupportedModelError(f"{name} has no weights ({meta} is on the meta device): load them before pruning.")
 
 

@@ -13,7 +13,7 @@ from tiny import parameters_as_time, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import hf_prune
-from hf_prune import PruningConfig, benchmark, cli, known_pruners, model_costs
+from hf_prune import benchmark, cli, known_pruners, model_costs
 from hf_prune.cli import loading, main, prune
 from hf_prune.costs import CostTable
 from hf_prune.errors import InfeasibleBudgetError
@@ -105,7 +105,7 @@ class TestUsage:
     def test_help_of_prune_lists_every_method_with_its_options(self, run):
         code, out, err = run("prune", "--help")
         assert (code, err) == (0, "")
-        shared = {field.name for field in fields(PruningConfig)}
+        shared = prune.FLAGS
         for name in known_pruners():
             assert f"\n  {name}: " in out
             for field in fields(get_pruner(name).config_class):
@@ -137,6 +137,9 @@ class TestUsage:
             (["--set", "seed=-1"], "seed must be a whole number of at least 0, got -1"),
             (["--set", "seed=1", "--set", "seed=2"], "--set seed= is given twice"),
             (["--set", "multiple_of=8"], "multiple_of has a place of its own: --multiple-of"),
+            (["--method", "wanda"], "wanda takes no --budget. It takes --sparsity, --pattern, --exclude."),
+            (["--sparsity", "0.5"], "random takes no --sparsity. It takes --budget, --exclude, --allocation,"),
+            (["--sparsity", "half"], "argument --sparsity: invalid float value: 'half'"),
             (["--method", "kcm", "--set", "r2=exact"], "--set r2= takes density or iterated, got 'exact'"),
             (["--method", "kcm", "--set", "sigma=wide"], "--set sigma= takes a number or median, got 'wide'"),
             (["--multiple-of", "0"], "argument --multiple-of: must be a whole number of at least 1, got '0'"),
@@ -178,9 +181,26 @@ class TestUsage:
     def test_legal_values_are_named(self, hint, legal):
         assert prune._legal(hint).startswith(legal)
 
+    @pytest.mark.parametrize(
+        ("argv", "message"),
+        [
+            (["random"], "random needs --budget."),
+            (["wanda"], "Give either sparsity, such as 0.5, or pattern, such as '2:4'"),
+            (["wanda", "--sparsity", "0.5", "--pattern", "2:4"], "Give either sparsity"),
+            (["wanda", "--sparsity", "1"], "sparsity must be a number in [0, 1)"),
+            (["wanda", "--pattern", "5:4"], "pattern 'N:M' keeps N of M weights"),
+            (["wanda", "--sparsity", "0.5", "--allocation", "uniform"], "wanda takes no --allocation"),
+            (["wanda", "--sparsity", "0.5", "--set", "ratios=half"], "--set ratios= takes uniform or owl"),
+            (["wanda", "--sparsity", "0.5"], "wanda needs calibration data"),
+        ],
+    )
+    def test_how_much_is_pruned(self, run, dense, tmp_path, argv, message):
+        code, out, err = run("prune", dense, "--output", tmp_path / "out", "--method", *argv)
+        assert (code, out) == (2, "") and message in " ".join(err.split())
+
     def test_required_options_of_prune(self, run, dense):
         code, _, err = run("prune", dense)
-        assert code == 2 and "the following arguments are required: --method, --budget, --output" in err
+        assert code == 2 and "the following arguments are required: --method, --output" in err
 
     def test_the_model_is_not_overwritten(self, run, dense):
         code, _, err = run("prune", dense, "--method", "random", "--budget", "macs=0.6", "--output", dense + "/.")
@@ -223,7 +243,7 @@ class TestInspect:
     def test_lowest_budgets_are_feasible_and_no_lower_ones(self, run, dense):
         lowest = json.loads(run("inspect", dense, "--json")[1])["lowest_macs"]
         model = AutoModelForSequenceClassification.from_pretrained(dense)
-        assert sorted(lowest) == known_pruners()
+        assert sorted(lowest) == [name for name in known_pruners() if get_pruner(name).kinds]
         for name, ratio in lowest.items():
             kinds = get_pruner(name).kinds
             if kinds == ("layers",):
@@ -345,6 +365,20 @@ class TestPrune:
         assert code == 0 and done["after"]["latency"] <= 0.9 * done["before"]["latency"]
         assert done["latency"]["where"].startswith("batch 2 × 7 tokens, float32, ")
         assert done["latency"]["multiple_of"] == 32 and done["latency"]["after"] > 0
+
+    def test_single_weights(self, run, dense, texts, tmp_path):
+        out_dir = tmp_path / "out"
+        argv = ["--method", "wanda", "--pattern", "2:4", "--dataset", texts, "--exclude", "encoder.layer.0.*"]
+        code, out, _ = run("prune", dense, *argv, "--output", out_dir)
+        assert code == 0 and "Zeros in dense tensors make a model neither smaller nor faster" in out
+        assert out.startswith("wanda: 50.00% of 16,384 weights in 12 matrices are zero")
+        assert "This checkpoint loads with plain transformers." in out and "import hf_prune" not in out
+        model = AutoModelForSequenceClassification.from_pretrained(dense)
+        config = hf_prune.WandaConfig(pattern="2:4", exclude=("encoder.layer.0.*",))
+        result = hf_prune.prune(model, config, TEXTS, processing_class=AutoTokenizer.from_pretrained(dense))
+        assert hf_prune.WeightMask.load(out_dir) == result.mask
+        reloaded = AutoModelForSequenceClassification.from_pretrained(out_dir).state_dict()
+        assert all(torch.equal(tensor, reloaded[key]) for key, tensor in model.state_dict().items())
 
     def test_excluded_patterns_add_up(self, run, dense, tmp_path):
         argv = ["--method", "magnitude", "--budget", "macs=0.8", "--output", tmp_path / "out", "--json"]

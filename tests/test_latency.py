@@ -342,7 +342,7 @@ def test_a_result_survives_a_measurement_that_fails(clock, monkeypatch):
     def too_much(*args, **kwargs):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("hf_prune.pruning.measure_latency", too_much)
+    monkeypatch.setattr("hf_prune.latency.measure_latency", too_much)
     model = tiny_model("bert", intermediate_size=128)
     report = hf_prune.prune(model, hf_prune.MagnitudeConfig(budget={"latency": 0.8}, sequence_length=9)).report
     assert report.latency["after"] is None and "measured" not in str(report)

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from tiny import FAMILIES, tiny_batch, tiny_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import hf_prune
 from hf_prune import (
@@ -16,7 +18,12 @@ from hf_prune import (
     LayerDropConfig,
     MagnitudeConfig,
     RandomConfig,
+    RIAConfig,
+    SparseGPTConfig,
+    WandaConfig,
+    WeightMagnitudeConfig,
 )
+from hf_prune.units import base_model
 
 # One row a method: what it is called with, and the budget that every family can meet.
 METHODS = {
@@ -37,7 +44,28 @@ METHODS = {
     "flap-shallow": FLAPConfig(budget={"params": 0.75, "macs": 0.6}, drop_layers=1),
     "layer-drop": LayerDropConfig(budget={"macs": 0.75}),
 }
+# The same for methods that zero single weights.
+WEIGHT_METHODS = {
+    "wanda": WandaConfig(sparsity=0.6),
+    "wanda-pattern": WandaConfig(pattern="2:4"),
+    "ria": RIAConfig(sparsity=0.5),
+    "sparsegpt": SparseGPTConfig(sparsity=0.5, block_size=16),
+    "sparsegpt-pattern": SparseGPTConfig(pattern="4:8"),
+    "weight-magnitude": WeightMagnitudeConfig(sparsity=0.5),
+}
 FREE = ("magnitude", "magnitude-uniform", "random", "random-multiple", "flap", "flap-shallow")
+
+
+def three_ways(batch):
+    """The same examples in one batch, one by one, and one by one without padding."""
+    size = len(next(iter(batch.values())))
+    rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(size)]
+    cut = []
+    for row in rows:
+        real = int(row["attention_mask"].sum()) if "attention_mask" in row else None
+        length = row["input_ids"].shape if "input_ids" in row else None
+        cut.append({k: v[:, :real] if v.shape == length else v for k, v in row.items()})
+    return [batch], rows, cut
 
 
 def logits(model, batch):
@@ -89,12 +117,7 @@ def test_pruned_is_shrunk_is_within_the_budget(method, name):
 @pytest.mark.parametrize("method", METHODS)
 def test_batch_size_and_padding_do_not_change_the_mask(method, name):
     batch = tiny_batch(name, size=24, padded=True, labels="fisher" in method)
-    rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(24)]
-    cut = []
-    for row in rows:
-        real = int(row["attention_mask"].sum()) if "attention_mask" in row else None
-        length = row["input_ids"].shape if "input_ids" in row else None
-        cut.append({k: v[:, :real] if v.shape == length else v for k, v in row.items()})
+    _, rows, cut = three_ways(batch)
     masks, outputs = [], []
     # The code of the authors of Fisher and K-prune squares the gradients of batches: other batches, other scores.
     by_batch = method in ("fisher", "kprune-paper")
@@ -121,6 +144,57 @@ def test_bf16_models_are_pruned_in_their_dtype(method, name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_zeroed_is_what_was_asked_for_and_nothing_else(method, name):
+    config, model = WEIGHT_METHODS[method], tiny_model(name)
+    batches = [tiny_batch(name, size=12, padded=True, seed=seed) for seed in range(2)]
+    before = copy.deepcopy(model.state_dict())
+    dense = logits(model, batches[0])
+    mask = hf_prune.prune(model, config, batches).mask
+    mask.check(model)
+    assert not torch.allclose(logits(model, batches[0]), dense, atol=1e-6)
+    kept = [] if "sparsegpt" in method else list(mask)
+    for key, value in model.state_dict().items():
+        if key not in mask:
+            assert torch.equal(value, before[key]), key
+        elif key in kept:
+            assert torch.equal(value, before[key] * mask[key]), key
+    modules = {f"{key}.weight": module for key, module in model.named_modules()}
+    inside = {
+        id(module)
+        for stack in hf_prune.prunable_units(model).stacks
+        for module in base_model(model).get_submodule(stack).modules()
+    }
+    assert set(mask) == {key for key, m in modules.items() if id(m) in inside and isinstance(m, nn.Linear | Conv1D)}
+    for key, keep in mask.items():
+        keep = keep.T if isinstance(modules[key], Conv1D) else keep
+        if config.pattern is not None:
+            n, m = config.target
+            assert keep.reshape(len(keep), -1, m).sum(-1).eq(n).all(), key
+        elif method == "sparsegpt":
+            assert all((~part).sum() == int(part.numel() * config.sparsity) for part in keep.split(16, 1)), key
+        else:
+            assert (~keep).sum(1).eq(int(keep.shape[1] * config.sparsity)).all(), key
+
+
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "gpt2", "opt", "llama", "t5", "whisper", "vit"])
+@pytest.mark.parametrize("method", ["wanda", "wanda-pattern", "ria", "sparsegpt"])
+def test_batch_size_and_padding_do_not_change_the_zeros(method, name):
+    batch = tiny_batch(name, size=24, padded=True)
+    masks = [hf_prune.prune(tiny_model(name), WEIGHT_METHODS[method], data).mask for data in three_ways(batch)]
+    assert masks[0] == masks[1] == masks[2]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart", "gpt2"])
+@pytest.mark.parametrize("method", WEIGHT_METHODS)
+def test_bf16_weights_are_zeroed_in_their_dtype(method, name):
+    model = tiny_model(name).to(torch.bfloat16)
+    mask = hf_prune.prune(model, WEIGHT_METHODS[method], [tiny_batch(name, size=16, padded=True)]).mask
+    mask.check(model)
+    assert mask.sparsity() > 0.45 and {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_every_entry_of_the_table_is_proven(name):
     model = tiny_model(name)
     state = copy.deepcopy(model.state_dict())
@@ -133,4 +207,5 @@ def test_every_registered_family_is_in_the_matrix():
 
 
 def test_every_registered_method_is_in_the_matrix():
-    assert set(hf_prune.known_pruners()) == {config.method for config in METHODS.values()}
+    configs = [*METHODS.values(), *WEIGHT_METHODS.values()]
+    assert set(hf_prune.known_pruners()) == {config.method for config in configs}

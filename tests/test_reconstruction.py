@@ -7,7 +7,9 @@ import torch
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 import hf_prune
-from hf_prune.reconstruction import NormalEquations, reconstruct, ridge_solve, scale_solve
+from hf_prune import Calibrator
+from hf_prune.gates import observe, record_calls, resume_at
+from hf_prune.reconstruction import NormalEquations, reconstruct, ridge_solve, scale_solve, walks
 
 
 def equations(features, targets):
@@ -146,3 +148,36 @@ def test_the_same_example_again_and_again_is_solved(seed):
     model = tiny_model("bert", seed=seed)
     hf_prune.prune(model, hf_prune.KCMConfig(budget={"macs": 0.9}), [{"input_ids": [2, 1, 1, 3]}] * 90)
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_walking_layer_by_layer_is_the_forward_pass(name):
+    model = tiny_model(name)
+    calibrator = Calibrator(model, [tiny_batch(name, padded=True, seed=seed) for seed in range(2)])
+    calls = calibrator.collect({}, record=True)
+    with calibrator.evaluating():
+        for walk in walks(calibrator, calibrator.units, calls):
+            for layer in walk.layers:
+                walk.enter([])
+                walk.leave(copy.deepcopy(layer))
+            for call, teacher, student in zip(calls, walk.teacher, walk.student, strict=True):
+                assert torch.allclose(teacher, call[walk.stack].end, atol=1e-5)
+                assert torch.allclose(student, call[walk.stack].end, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_resuming_at_a_layer_is_the_forward_pass(name):
+    model, batch = tiny_model(name), tiny_batch(name, padded=True)
+    base = model.base_model
+    with torch.no_grad():
+        stacks = list(hf_prune.prunable_units(model).stacks)
+        with record_calls(base, stacks) as calls:
+            dense = model(**batch).logits
+        for stack in stacks:
+            seen = []
+            with observe(base, {f"{stack}.1": seen.append}):
+                model(**batch)
+            for start in ((0, calls[stack].hidden), (1, seen[0]), (len(calls[stack].rest), calls[stack].end)):
+                with resume_at(base, calls, {stack: start}):
+                    assert torch.allclose(model(**batch).logits, dense, atol=1e-5)
+        assert "forward" not in vars(base.get_submodule(stacks[0])[0])

@@ -11,10 +11,10 @@ import hf_prune
 
 ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
-    ["errors", "architectures"],
-    ["units", "masks"],
+    ["errors", "architectures", "offload"],
+    ["units", "masks", "weight_masks"],
     ["gates", "surgery", "layout", "costs", "batches", "divergence", "timing", "latency"],
-    ["calibration", "selection", "reconstruction", "depth"],
+    ["calibration", "selection", "reconstruction", "depth", "blockwise"],
     ["methods", "report"],
     ["pruning", "benchmark", "metrics", "plots"],
     ["hub", "modeling", "verification"],

@@ -126,6 +126,8 @@ example; embeddings and task head are left out.
 _PRUNE = """\
 Make a model smaller: choose the heads and neurons to keep, cut the others out,
 save the result, and reload it to compare its outputs before the command ends.
+Methods with --sparsity or --pattern zero single weights instead, which makes no
+model smaller or faster by itself.
 Methods that look at activations want a few hundred to a few thousand examples
 like those of the task. Plain text without labels will do, except for
 encoder-decoders, which need columns of input_ids and labels.
@@ -139,6 +141,8 @@ examples:
       --dataset stanfordnlp/sst2 --text-column sentence --output ./bert-uniform
   hf-prune prune Qwen/Qwen3-0.6B --method magnitude --budget params=0.8 \\
       --exclude 'layers.0.*' --output ./qwen3-80
+  hf-prune prune Qwen/Qwen3-0.6B --method wanda --pattern 2:4 \\
+      --dataset texts.txt --max-samples 128 --output ./qwen3-2of4
 
 --json prints the report, the folder, and how the result loads.
 """
@@ -205,11 +209,21 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         "--budget",
         type=_limit,
         action="append",
-        required=True,
         metavar="METRIC=LIMIT",
         help="the most that the pruned model may cost: the ratio to keep, in (0, 1], or an absolute whole number; of "
         "macs, params (parameters), memory (bytes of weights) or latency (measured on the device; above 1 it is in "
         "milliseconds). Given several times, all limits hold",
+    )
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="SHARE",
+        help="for methods that zero single weights and leave the shapes: the share to zero, in [0, 1)",
+    )
+    parser.add_argument(
+        "--pattern",
+        metavar="N:M",
+        help="for the same methods, instead of --sparsity: keep N of every M consecutive inputs, such as 2:4",
     )
     parser.add_argument("--output", required=True, metavar="FOLDER", help="where to save; a model in it is replaced")
     parser.add_argument(
@@ -223,9 +237,8 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allocation",
         choices=("global", "uniform"),
-        default="global",
         help="global: units compete over all layers; uniform: each layer keeps equally many, in numbers that plain "
-        "transformers loads; default: %(default)s",
+        "transformers loads; default: global",
     )
     parser.add_argument(
         "--multiple-of",
@@ -238,9 +251,8 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
         "--exclude",
         nargs="+",
         action="extend",
-        default=[],
         metavar="PATTERN",
-        help="units to keep whole, as shell patterns such as 'encoder.layer.0.*'; default: none",
+        help="units or matrices to keep whole, as shell patterns such as 'encoder.layer.0.*'; default: none",
     )
     parser.add_argument(
         "--sequence-length",
@@ -257,7 +269,6 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--drop-layers",
         type=_count,
-        default=0,
         metavar="N",
         help="first drop the N layers that change the hidden states of the data least, at least 1; the budget counts "
         "them as gone; default: none",
@@ -265,9 +276,8 @@ def _add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--latency-batch-size",
         type=_count,
-        default=1,
         metavar="N",
-        help="examples in the batch for a budget of latency, at least 1; default: %(default)s",
+        help="examples in the batch for a budget of latency, at least 1; default: 1",
     )
     parser.add_argument(
         "--dtype",

@@ -86,8 +86,10 @@ def _heads_per_unit(model: PreTrainedModel, group: UnitGroup) -> int:
 def _lowest_macs(table: CostTable) -> dict[str, float]:
     """For each method the smallest ratio that `--budget macs=` can ask for: one unit a layer stays, or one layer."""
     lowest = {}
-    for name in known_pruners():
-        groups = [g for g in table.units.of_kind(*get_pruner(name).kinds) if g.prunable and g.size]
+    for name, kinds in ((name, get_pruner(name).kinds) for name in known_pruners()):
+        if not kinds:  # it removes no units
+            continue
+        groups = [g for g in table.units.of_kind(*kinds) if g.prunable and g.size]
         floor = PruningMask({g.name: _fewest(g, table.units) for g in groups}, table.units)
         lowest[name] = math.ceil(1e4 * table.of(floor).macs / table.of().macs) / 1e4
     return lowest

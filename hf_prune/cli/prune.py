@@ -5,7 +5,7 @@ import csv
 import inspect
 import re
 from collections.abc import Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from itertools import islice
 from pathlib import Path
 from shutil import get_terminal_size
@@ -16,8 +16,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from transformers import AutoConfig
 
 from ..errors import ConfigError, PruningError, unknown
+from ..gates import current_mask
 from ..hub import save_pretrained
-from ..methods import PruningConfig, get_pruner, known_pruners
+from ..methods import MethodConfig, RecoverableConfig, WeightPruningConfig, get_pruner, known_pruners
 from ..pruning import prune
 from ..surgery import shrink
 from .loading import check_device, how_it_loads, load_model, load_processor, loading_sentence, resolve, trying
@@ -60,7 +61,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         batch_size=args.batch_size,
         max_length=args.max_length,
     )
-    shrink(model)
+    if current_mask(model) is not None:
+        shrink(model)
     save_pretrained(
         model,
         output,
@@ -84,24 +86,46 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 # Options of a method
 
+# Those that have an argument of their own; the others are given with --set.
+FLAGS = (
+    "budget",
+    "sparsity",
+    "pattern",
+    "exclude",
+    "allocation",
+    "multiple_of",
+    "sequence_length",
+    "target_length",
+    "drop_layers",
+    "latency_batch_size",
+)
 
-def _config(args: argparse.Namespace) -> PruningConfig:
+
+def _config(args: argparse.Namespace) -> MethodConfig:
     config_class = get_pruner(args.method).config_class
-    options = {field.name: getattr(args, field.name) for field in fields(PruningConfig)}
-    options["budget"] = _once(args.budget, "--budget")
-    hints = {name: hint for name, hint in get_type_hints(config_class).items() if name in _own_options(config_class)}
+    known = {field.name: field for field in fields(config_class)}
+    options: dict[str, Any] = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    if "budget" in options:
+        options["budget"] = _once(args.budget, "--budget")
+    for name in options:
+        if name not in known:
+            legal = ", ".join(_flag(own) for own in FLAGS if own in known)
+            raise ConfigError(f"{args.method} takes no {_flag(name)}. It takes {legal}.")
+    for name, field in known.items():
+        if name in FLAGS and name not in options and field.default is field.default_factory is MISSING:
+            raise ConfigError(f"{args.method} needs {_flag(name)}.")
+    hints = {name: hint for name, hint in get_type_hints(config_class).items() if name in known and name not in FLAGS}
     for key, text in _once(args.set, "--set").items():
-        if key in options:
-            raise ConfigError(f"{key} has a place of its own: --{key.replace('_', '-')}.")
+        if key in FLAGS:
+            raise ConfigError(f"{key} has a place of its own: {_flag(key)}.")
         if key not in hints:
             raise ConfigError(unknown(f"option of {args.method}", key, hints))
         options[key] = _value(key, text, hints[key])
     return config_class(**options)
 
 
-def _own_options(config_class: type[PruningConfig]) -> list[str]:
-    shared = {field.name for field in fields(PruningConfig)}
-    return [field.name for field in fields(config_class) if field.name not in shared]
+def _flag(option: str) -> str:
+    return f"--{option.replace('_', '-')}"
 
 
 def _once(pairs: Iterable[tuple[str, Any]], option: str) -> dict[str, Any]:
@@ -147,17 +171,27 @@ def methods_help() -> str:
         pruner = get_pruner(name)
         summary = (inspect.getdoc(pruner) or "").partition("\n\n")[0]
         needs = "Needs --dataset." if pruner.needs_data else "Needs no data."
-        entries = [f"  {name}: {summary} {needs}"]
-        explained: dict[str, str] = {}
-        for cls in pruner.config_class.__mro__[: pruner.config_class.__mro__.index(PruningConfig)]:
-            options = (inspect.getdoc(cls) or "").partition("Args:\n")[2].partition("\n\n")[0]
-            for entry in re.split(r"\n(?! )", dedent(options)):
-                explained.setdefault(entry.partition(" ")[0], entry)
-        for entry in [*entries, *(f"    {entry}" for entry in explained.values() if entry)]:
-            indent = " " * (len(entry) - len(entry.lstrip()))
-            plain = " ".join(entry.replace("`", "").replace("*optional*, ", "").split())
-            lines.append(fill(plain, width, initial_indent=indent, subsequent_indent=f"{indent}    "))
+        lines += _filled([f"  {name}: {summary} {needs}", *_documented(pruner.config_class)], width)
+    for shared in (RecoverableConfig, WeightPruningConfig):
+        names = [name for name in known_pruners() if issubclass(get_pruner(name).config_class, shared)]
+        lines += _filled([f"  {', '.join(names)} also have:", *_documented(shared)], width)
     return "\n".join(lines)
+
+
+def _documented(config_class: type) -> list[str]:
+    """The options for --set that the docstring of a config explains."""
+    options = dedent((inspect.getdoc(config_class) or "").partition("Args:\n")[2].partition("\n\n")[0])
+    entries = [entry for entry in re.split(r"\n(?! )", options) if entry]
+    return [f"    {entry}" for entry in entries if entry.partition(" ")[0] not in FLAGS]
+
+
+def _filled(entries: list[str], width: int) -> list[str]:
+    lines = []
+    for entry in entries:
+        indent = " " * (len(entry) - len(entry.lstrip()))
+        plain = " ".join(entry.replace("`", "").replace("*optional*, ", "").replace(", *optional*)", ")").split())
+        lines.append(fill(plain, width, initial_indent=indent, subsequent_indent=f"{indent}    "))
+    return lines
 
 
 # Data

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -25,9 +26,11 @@ from ..errors import ConfigError, MaskError, PruningError, SaveError
 from ..gates import current_mask, masked_columns
 from ..layout import disable, enable
 from ..masks import PruningMask
+from ..offload import execution_device
 from ..report import PruningReport
 from ..timing import example_inputs
 from ..units import PrunableUnits, prunable_units, site
+from ..weight_masks import WeightMask
 from .standalone import add_standalone_code
 
 logger = logging.get_logger(__name__)
@@ -38,7 +41,7 @@ def save_pretrained(
     save_directory: str | os.PathLike[str],
     *,
     processing_class: Any = None,
-    mask: PruningMask | None = None,
+    mask: PruningMask | WeightMask | None = None,
     report: PruningReport | None = None,
     standalone: bool = False,
     **options: Any,
@@ -53,8 +56,8 @@ def save_pretrained(
         model (`PreTrainedModel`): The model.
         save_directory (`str` or path): The folder. Files in it that belong to no model stay.
         processing_class (*optional*): Tokenizer or processor to save beside it.
-        mask ([`PruningMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the mask that the model
-            carries.
+        mask ([`PruningMask`] or [`WeightMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the
+            mask that the model carries.
         report ([`PruningReport`], *optional*): To save as `pruning_report.json`.
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that
             `from_pretrained(..., trust_remote_code=True)` loads the model where hf_prune is not installed.
@@ -161,12 +164,12 @@ def _verify(
                 f"{key} is {state[key].dtype} in memory and {loaded[key].dtype} when it is reloaded, nothing was "
                 "replaced: transformers loads a checkpoint in one dtype. Cast the model first: model.to(dtype)."
             )
-        if key not in loaded or key not in state or not _same(state[key], loaded[key]):
+        if key not in loaded or key not in state or not _same(_value(model, key, state[key]), loaded[key]):
             raise SaveError(
                 f"The saved {name} reloads with another {key!r}, nothing was replaced. Please report this family."
             )
     try:
-        again = again.to(model.device)
+        again = again.to(execution_device(model))
         inputs = example_inputs(model, batch_size=1, sequence_length=8)
         ours = _outputs(model, inputs)
     except (ConfigError, RuntimeError, ValueError, TypeError) as error:
@@ -209,6 +212,12 @@ def _reload(model: PreTrainedModel, directory: Path, standalone: bool, variant: 
             enable()
         module = sys.modules.pop(remote.__module__)
         shutil.rmtree(Path(str(module.__file__)).parents[1], ignore_errors=True)  # transformers caches the code
+
+
+def _value(model: PreTrainedModel, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """An entry of the state dict, wherever Accelerate keeps it."""
+    value: torch.Tensor = load_offloaded_parameter(model, key) if tensor.is_meta else tensor
+    return value
 
 
 def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:

@@ -53,7 +53,7 @@ class AutoPruningConfig(RecoverableConfig):
         Raises:
             ConfigError: A method or an option is unknown, out of range, or belongs to all.
         """
-        configs = []
+        configs: list[PruningConfig] = []
         for candidate in self.candidates:
             own = {"method": candidate} if isinstance(candidate, str) else dict(candidate)
             taken = [name for name in own if name in (*SHARED, "drop_layers")]
@@ -62,7 +62,10 @@ class AutoPruningConfig(RecoverableConfig):
                 raise ConfigError(f"The candidate {candidate!r} can't {what}.")
             known = {field.name for field in fields(get_pruner(str(own.get("method"))).config_class)}
             shared = {name: getattr(self, name) for name in (*SHARED, "recover", "ridge") if name in known}
-            configs.append(PruningConfig.from_dict(shared | own))
+            config = PruningConfig.from_dict(shared | own)
+            if not isinstance(config, PruningConfig):
+                raise ConfigError(f"The candidate {candidate!r} zeroes single weights: it meets no budget.")
+            configs.append(config)
         return configs
 
 

@@ -3,19 +3,22 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
 from transformers import PreTrainedModel
 
 from ..calibration import Calibrator, Moments, from_main_process
 from ..costs import CostTable
+from ..depth import drop_layers
 from ..errors import ConfigError, unknown
-from ..gates import LayerCalls, current_mask, remove_mask, unmasked
-from ..latency import latency_table
+from ..gates import LayerCalls, apply_mask, current_mask, remove_mask, unmasked
+from ..latency import latency_table, measure_pruned
 from ..masks import PruningMask
 from ..reconstruction import Recovery, compensate, reconstruct
+from ..report import unit_rows
 from ..selection import Allocation, Selector, check_budget
+from ..surgery import check_shrinkable
 from ..timing import DEFAULT_LENGTH
 from ..units import Kind, PrunableUnits, site
 
@@ -36,7 +39,61 @@ class Paper:
 
 
 @dataclass(kw_only=True)
-class PruningConfig:
+class MethodConfig:
+    """Options of all one-shot methods. Each method has a config of its own.
+
+    Args:
+        exclude (`tuple[str, ...]`, *optional*): Shell patterns of what stays whole.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+
+    method: ClassVar[str]
+
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
+            raise ConfigError(f"exclude must be a tuple of shell patterns, got {self.exclude!r}.")
+        self.exclude = tuple(self.exclude)
+
+    def check_choice(self, name: str, legal: tuple[Any, ...]) -> None:
+        """Raise unless an option is one of the legal values."""
+        if getattr(self, name) not in legal:
+            raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {getattr(self, name)!r}.")
+
+    def check_positive(self, name: str) -> None:
+        """Raise unless an option is a positive finite number."""
+        value = getattr(self, name)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
+            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-serialisable form, with the name of the method."""
+        return {"method": self.method, **asdict(self), "exclude": list(self.exclude)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> "MethodConfig":
+        """The config of the method that `data["method"]` names.
+
+        Raises:
+            ConfigError: The method or an option is unknown, or out of range.
+        """
+        options = dict(data)
+        cls = get_pruner(str(options.pop("method", ""))).config_class
+        known = {field.name for field in fields(cls)}
+        for name in options:
+            if name not in known:
+                raise ConfigError(unknown(f"option of {cls.__name__}", name, known))
+        for field in fields(cls):
+            if field.default is MISSING and field.default_factory is MISSING and field.name not in options:
+                raise ConfigError(f"{cls.__name__} needs a {field.name}: see its documentation.")
+        return cls(**options)
+
+
+@dataclass(kw_only=True)
+class PruningConfig(MethodConfig):
     """Options of all structured one-shot methods.
 
     Args:
@@ -63,18 +120,16 @@ class PruningConfig:
         ConfigError: An option is out of range.
     """
 
-    method: ClassVar[str]
-
     budget: dict[str, float]
     allocation: Allocation = "global"
     multiple_of: int | None = None
-    exclude: tuple[str, ...] = ()
     sequence_length: float | None = None
     target_length: float | None = None
     drop_layers: int = 0
     latency_batch_size: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_budget(self.budget)
         self.check_choice("allocation", ("global", "uniform"))
         if type(self.drop_layers) is not int or self.drop_layers < 0:
@@ -83,44 +138,9 @@ class PruningConfig:
             value = getattr(self, name)
             if (type(value) is not int or value < 1) and (name, value) != ("multiple_of", None):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        if isinstance(self.exclude, str) or not all(isinstance(pattern, str) for pattern in self.exclude):
-            raise ConfigError(f"exclude must be a tuple of shell patterns, got {self.exclude!r}.")
-        self.exclude = tuple(self.exclude)
         for name in ("sequence_length", "target_length"):
             if getattr(self, name) is not None:
                 self.check_positive(name)
-
-    def check_choice(self, name: str, legal: tuple[Any, ...]) -> None:
-        """Raise unless an option is one of the legal values."""
-        if getattr(self, name) not in legal:
-            raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {getattr(self, name)!r}.")
-
-    def check_positive(self, name: str) -> None:
-        """Raise unless an option is a positive finite number."""
-        value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form, with the name of the method."""
-        return {"method": self.method, **asdict(self), "exclude": list(self.exclude)}
-
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> "PruningConfig":
-        """The config of the method that `data["method"]` names.
-
-        Raises:
-            ConfigError: The method or an option is unknown, or out of range.
-        """
-        options = dict(data)
-        cls = get_pruner(str(options.pop("method", ""))).config_class
-        known = {field.name for field in fields(cls)}
-        for name in options:
-            if name not in known:
-                raise ConfigError(unknown(f"option of {cls.__name__}", name, known))
-        if "budget" not in options:
-            raise ConfigError(f'{cls.__name__} needs a budget such as {{"macs": 0.6}}.')
-        return cls(**options)
 
 
 @dataclass(kw_only=True)
@@ -145,35 +165,78 @@ class RecoverableConfig(PruningConfig):
         self.check_choice("recover", (*get_args(Recovery), "none"))
 
 
-C = TypeVar("C", bound=PruningConfig)
+M = TypeVar("M", bound=MethodConfig)
 
 
-class Pruner(ABC, Generic[C]):
-    """A one-shot structured method. It decides on a mask, and may refit weight values; it changes no shapes.
+class BasePruner(ABC, Generic[M]):
+    """A one-shot method: it decides on a mask, and puts it on the model. [`Pruner`] masks units, [`WeightPruner`]
+    zeroes single weights.
 
     Args:
-        config ([`PruningConfig`]): Its options.
+        config ([`MethodConfig`]): Its options.
 
     Attributes:
         name (`str`): Its name in configs, reports and on the command line.
         config_class (`type`): Its config.
-        kinds (`tuple[str, ...]`): The kinds of units that it prunes.
-        needs_data (`bool`): It needs calibration data, even without a refit.
+        kinds (`tuple[str, ...]`): The kinds of units that it prunes, if any.
+        needs_data (`bool`): It needs calibration data, whatever its options.
         needs_labels (`bool`): The data must have labels.
+        prunes_offloaded (`bool`): The weights of the model may be offloaded.
         paper ([`Paper`], *optional*): Its source.
         facts (`dict`): What a report shall say about a run beyond config and costs.
     """
 
     name: ClassVar[str]
-    config_class: ClassVar[type[PruningConfig]]
-    kinds: ClassVar[tuple[Kind, ...]] = ("heads", "neurons")
+    config_class: ClassVar[type[MethodConfig]]
+    kinds: ClassVar[tuple[Kind, ...]] = ()
     needs_data: ClassVar[bool] = True
     needs_labels: ClassVar[bool] = False
+    prunes_offloaded: ClassVar[bool] = False
     paper: ClassVar[Paper | None] = None
 
-    def __init__(self, config: C) -> None:
+    def __init__(self, config: M) -> None:
         self.config = config
         self.facts: dict[str, Any] = {}
+
+    @property
+    def wants_data(self) -> bool:
+        """It needs calibration data with these options."""
+        return self.needs_data
+
+    @abstractmethod
+    def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> Any:
+        """Decide what stays, and return the mask."""
+
+    def run(
+        self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """[`~BasePruner.prune`] and [`~BasePruner.finish`]."""
+        mask = self.prune(model, units, calibrator)
+        return mask, self.finish(model, units, mask, calibrator)
+
+    @abstractmethod
+    def finish(
+        self, model: PreTrainedModel, units: PrunableUnits, mask: Any, calibrator: Calibrator | None
+    ) -> dict[str, Any]:
+        """Make the model compute the pruned function, and return what a report says about it: `before`, `after`,
+        `sequence_lengths`, and the rows of what was pruned."""
+
+
+C = TypeVar("C", bound=PruningConfig)
+
+
+class Pruner(BasePruner[C]):
+    """A one-shot structured method. It decides on a mask of units, and may refit weight values; it changes no shapes.
+
+    Args:
+        config ([`PruningConfig`]): Its options.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]] = ("heads", "neurons")
+
+    @property
+    def wants_data(self) -> bool:
+        return self.needs_data or bool(self.config.drop_layers) or getattr(self.config, "recover", "none") != "none"
 
     @abstractmethod
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
@@ -185,6 +248,42 @@ class Pruner(ABC, Generic[C]):
             units ([`PrunableUnits`]): Its units.
             calibrator ([`Calibrator`], *optional*): The data, `None` only where `needs_data` is `False`.
         """
+
+    def run(
+        self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None
+    ) -> tuple[PruningMask, dict[str, Any]]:
+        if not self.config.drop_layers:
+            return super().run(model, units, calibrator)
+        assert calibrator is not None
+        dropped, self.facts["block_influence"] = drop_layers(calibrator, self.config.drop_layers, self.config.exclude)
+        try:
+            apply_mask(model, dropped)
+            mask = self.prune(model, units, calibrator) & dropped
+        finally:
+            remove_mask(model)
+        return mask, self.finish(model, units, mask, calibrator)
+
+    def finish(
+        self, model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, calibrator: Calibrator | None
+    ) -> dict[str, Any]:
+        check_shrinkable(units, mask)
+        table = self.cost_table(model, units, calibrator)
+        timed, latency = table.latency, None
+        if timed is not None:
+            latency = {
+                **from_main_process(lambda: measure_pruned(model, mask, timed)),
+                "where": timed.where,
+                "multiple_of": self.config.multiple_of or timed.multiple_of,
+                "table": str(timed).splitlines(),
+            }
+        apply_mask(model, mask)
+        return {
+            "before": table.of().to_dict(),
+            "after": table.of(mask).to_dict(),
+            "sequence_lengths": table.lengths,
+            "units": unit_rows(units, mask),
+            "latency": latency,
+        }
 
     def recover(
         self,
@@ -260,11 +359,11 @@ class Pruner(ABC, Generic[C]):
         )
 
 
-_PRUNERS: dict[str, type[Pruner[Any]]] = {}
-P = TypeVar("P", bound=type[Pruner[Any]])
+_PRUNERS: dict[str, type[BasePruner[Any]]] = {}
+P = TypeVar("P", bound=type[BasePruner[Any]])
 
 
-def register_pruner(name: str, config_class: type[PruningConfig]) -> Callable[[P], P]:
+def register_pruner(name: str, config_class: type[MethodConfig]) -> Callable[[P], P]:
     """Class decorator that makes a method known by its config and its name.
 
     Args:
@@ -285,7 +384,7 @@ def register_pruner(name: str, config_class: type[PruningConfig]) -> Callable[[P
     """
     if name != name.lower() or not name.isidentifier():
         raise ConfigError(f"The name of a method is a lower-case identifier, got {name!r}.")
-    if not issubclass(config_class, PruningConfig):
+    if not issubclass(config_class, MethodConfig):
         raise ConfigError(f"The config of {name!r} must subclass PruningConfig, got {config_class.__name__}.")
 
     def register(cls: P) -> P:
@@ -300,7 +399,7 @@ def register_pruner(name: str, config_class: type[PruningConfig]) -> Callable[[P
     return register
 
 
-def get_pruner(name: str) -> type[Pruner[Any]]:
+def get_pruner(name: str) -> type[BasePruner[Any]]:
     """The method of a name.
 
     Raises:

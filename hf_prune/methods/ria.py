@@ -1,0 +1,51 @@
+"""RIA, relative importance and activations: Zhang et al., "Plug-and-Play: An Efficient Post-training Pruning Method
+for Large Language Models", ICLR 2024.
+
+As Wanda, but a weight counts relative to those of the same input and of the same output, so that no whole channel is
+pruned.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .base import Paper, register_pruner
+from .weights import Target, WeightPruner, WeightPruningConfig, keep_highest, square_sum
+
+
+@dataclass(kw_only=True)
+class RIAConfig(WeightPruningConfig):
+    """Options of RIA. See [`WeightPruningConfig`] for the others.
+
+    Args:
+        alpha (`float`, *optional*, defaults to 0.5): Power of the norm of the inputs, the paper's a.
+    """
+
+    alpha: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("alpha")
+
+
+def ria_score(weight: torch.Tensor, squares: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
+    """|W_ij|·(1/Σ_i|W_ij| + 1/Σ_j|W_ij|)·‖X_j‖₂^a in float32, for W (outputs, inputs) and Σ x², (inputs,) (Eq. 4)."""
+    size = weight.float().abs()
+    tiny = torch.finfo(torch.float32).tiny  # where all are zero, so are the scores
+    relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)
+    return relative * squares.pow(alpha / 2).float()
+
+
+@register_pruner("ria", RIAConfig)
+class RIAPruner(WeightPruner[RIAConfig]):
+    """Zeroes, for each output, the weights with the lowest relative size times power of the norm of their input."""
+
+    observe = staticmethod(square_sum)
+    paper = Paper(
+        "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
+        "ICLR 2024",
+        "",
+    )
+
+    def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
+        return keep_highest(ria_score(weight, observed, self.config.alpha), target), weight

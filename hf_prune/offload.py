@@ -1,0 +1,87 @@
+"""Weights that Accelerate keeps in CPU memory or on disk between forward passes (`device_map`, `cpu_offload`)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, offload_weight
+from torch import nn
+
+from .errors import UnsupportedModelError
+
+
+def is_offloaded(model: nn.Module) -> bool:
+    """Whether some weights of a model are on a device only while they are used."""
+    return any(_offloading(module) is not None for module in model.modules())
+
+
+def refuse_offloaded(model: nn.Module) -> None:
+    """Raise if some weights of a model are offloaded.
+
+    Raises:
+        UnsupportedModelError: They are.
+    """
+    if is_offloaded(model):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is offloaded: load it without device_map offloading. Only methods that zero "
+            "single weights, such as WandaConfig, prune offloaded models."
+        )
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Where a module computes: the device of its first weight, or the one to which that is brought."""
+    for inner in module.modules():
+        hook = _offloading(inner)
+        for parameter in inner.parameters(recurse=False):
+            return torch.device(hook.execution_device) if hook is not None else parameter.device
+    return torch.device("cpu")
+
+
+@contextmanager
+def resident(root: nn.Module, write: bool = False) -> Iterator[None]:
+    """Within the context, the offloaded weights inside a module stay on the device that computes with them.
+
+    Args:
+        root (`nn.Module`): A layer, as a rule. Nothing happens to what is not offloaded.
+        write (`bool`, *optional*, defaults to `False`): Keep what the context changes; else it is lost.
+    """
+    held: list[tuple[nn.Module, Any, Any]] = []
+    try:
+        for module in root.modules():
+            hook = _offloading(module)
+            if hook is not None:
+                hook.pre_forward(module)
+                held.append((module, hook, module.forward))
+                module.forward = module._old_forward  # type: ignore[assignment]  # without it, a call would offload
+        yield
+        if write:
+            for module, hook, _ in held:
+                for name, parameter in module.named_parameters(recurse=hook.place_submodules):
+                    _store(hook.weights_map, name, parameter.detach())
+    finally:
+        for module, hook, forward in held:
+            module.forward = forward
+            hook.post_forward(module, None)
+
+
+def _offloading(module: nn.Module) -> AlignDevicesHook | None:
+    hook = getattr(module, "_hf_hook", None)
+    for one in hook.hooks if isinstance(hook, SequentialHook) else (hook,):
+        if isinstance(one, AlignDevicesHook) and one.offload:
+            return one
+    return None
+
+
+def _store(weights: Mapping[str, torch.Tensor], key: str, value: torch.Tensor) -> None:
+    """Put a weight where its hook will look for it. Files of a checkpoint are never written to."""
+    if isinstance(weights, PrefixedDataset):
+        _store(weights.dataset, weights.prefix + key, value)
+    elif isinstance(weights, OffloadedWeightsLoader):
+        if key in weights.state_dict or weights.save_folder is None:
+            weights.state_dict[key] = value.to("cpu", copy=True)
+        else:
+            weights.index[key] = offload_weight(value, key, str(weights.save_folder), {})[key]
+    else:
+        weights[key] = value.to("cpu", copy=True)  # type: ignore[index]  # a dict
