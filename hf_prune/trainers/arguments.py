@@ -49,14 +49,15 @@ class PassOptions:
         train_weights (`bool`, *optional*, defaults to `True`): Train the weights together with the gates, or the gates
             alone.
         concentrate (`bool`, *optional*, defaults to `False`): Prefer to empty whole attention modules (PASSCONC).
-        reopen (`bool`, *optional*, defaults to `True`): At three moments in the first half of the run open closed
-            heads again, with a probability that grows with their confidence.
+        reopen (`bool`, *optional*): At three moments in the first half of the run open closed heads again, with a
+            probability that grows with their confidence. Defaults to `True` as in the paper, to `False` in runs of
+            less than 10,000 steps, in which the gates don't settle again.
         lambda_base, lambda_growth (`float`, *optional*, defaults to 1e-5 and 1000): The weight of the penalty begins
             at `lambda_base` and grows by the factor `lambda_growth` in `lambda_steps` steps, until `num_heads` gates
             are open and all others closed. The values are for mean losses.
         lambda_steps (`int`, *optional*): See above. Clipping, reopening and concentration happen at 2 to 5 times as
-            many steps. Defaults to 1000 as in the paper, to a tenth of the run where that is less than 10,000 steps
-            long.
+            many steps; without reopening concentration begins at once as many. Defaults to 1000 as in the paper, to a
+            tenth of the run where that is less than 10,000 steps long.
 
     Raises:
         ConfigError: An option is out of range.
@@ -68,8 +69,9 @@ class PassOptions:
         default=True, metadata={"help": "Train the weights together with the gates, or the gates alone."}
     )
     concentrate: bool = field(default=False, metadata={"help": "Prefer to empty whole attention modules (PASSCONC)."})
-    reopen: bool = field(
-        default=True, metadata={"help": "Open confident heads again at three moments in the first half of the run."}
+    reopen: bool | None = field(
+        default=None,
+        metadata={"help": "Open confident heads again in the first half. Default: in runs of 10,000 steps or more."},
     )
     lambda_base: float = field(default=1e-5, metadata={"help": "Weight of the penalty at the begin."})
     lambda_growth: float = field(

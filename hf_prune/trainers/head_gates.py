@@ -135,7 +135,7 @@ class HeadGate(MaskGate):
         if not self.training:
             return super().forward(x)
         z = sample_gates(self.log_alpha, self.noise).to(x.dtype)
-        return (x.view(*x.shape[:-1], len(z), self.width) * z[:, None]).view(x.shape)
+        return (x.reshape(*x.shape[:-1], len(z), self.width) * z[:, None]).reshape(x.shape)
 
     def set_mask(self, keep: torch.Tensor) -> None:
         """Choose the heads that evaluation keeps."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import reduce
-from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback
+from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
@@ -41,7 +41,6 @@ from .pruning import PruningTrainer
 
 logger = logging.get_logger(__name__)
 _LONG_RUN = 10_000
-_EVENTS = (2, 3, 4)  # times lambda_steps
 _REOPEN = 1 << 20  # tells the seeds of reopening from those of the gates' noise
 
 
@@ -83,7 +82,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.inputs: list[dict[str, Any]] | None = None
         self.frozen: list[torch.nn.Parameter] = []
         self.writer: Any = None
-        self.steps, self.part, self.saturated = 1, 0, False
+        self.steps, self.part = 1, 0
+        self.reopen = self.saturated = False
         self._reset()
 
     def _reset(self) -> None:
@@ -139,26 +139,22 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.gradient = self.inputs = None
         self._reset()
         if state.global_step:
-            saved = state.stateful_callbacks.get(type(self).__name__)
-            if saved is None:
-                raise ConfigError(
-                    "The checkpoint to resume from was made without PASS: train from its weights in a new run, "
-                    "without resume_from_checkpoint."
-                )
-            for name, value in saved["attributes"].items():
+            for name, value in _check_resumable(state)["attributes"].items():
                 setattr(self, name, value)
             self.moments = torch.tensor(self.moments, dtype=torch.float64)
         run = state.max_steps
         self.steps = self.options.lambda_steps or (1000 if run >= _LONG_RUN else max(run // 10, 1))
-        self.events = {self.steps * event for event in _EVENTS if self.steps * event <= run // 2}
-        if self.options.reopen:
+        self.reopen = run >= _LONG_RUN if self.options.reopen is None else self.options.reopen
+        # Without reopening the gates are decided at 2: from there on nothing would be left to concentrate.
+        self.events = {self.steps * i for i in range(2 if self.reopen else 1, 5) if self.steps * i <= run // 2}
+        if self.reopen:
             head_confidence(model, self.gates, [example_inputs(model, batch_size=1, sequence_length=8)])
         self._show_mask(self.gates)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.part = 0
         self._draw(args, state)
-        if self.options.reopen and state.global_step + 1 in self.events:
+        if self.reopen and state.global_step + 1 in self.events:
             self.inputs = []
             self.handle = record_inputs(model, self.inputs)
 
@@ -180,10 +176,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.take_gradients()
         assert self.gates is not None and self.gradient is not None
         phi = self.gates.phi.requires_grad_()
-        penalty = almost_sure_penalty(phi, self.options.num_heads or 0)
-        if self.conc_weight:
-            penalty = penalty + self.conc_weight * concentration_penalty(phi, self.gates.module)
-        gradient = self.gradient + self.penalty_weight * torch.autograd.grad(penalty, phi)[0]
+        gradient = self.gradient + torch.autograd.grad(self.penalty(phi), phi)[0]
         self.gradient = None
 
         # Adam, without weight decay.
@@ -195,6 +188,14 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         square.lerp_(gradient.square(), 1 - 0.999)
         scale = (square / (1 - 0.999**self.updates)).sqrt() + 1e-8
         self.gates.phi = phi.detach() - rate * mean / (1 - 0.9**self.updates) / scale
+
+    def penalty(self, phi: torch.Tensor) -> torch.Tensor:
+        """What is added to the loss of the task: λ·(R_pass + λc·R_conc)."""
+        assert self.gates is not None
+        penalty = almost_sure_penalty(phi, self.options.num_heads or 0)
+        if self.conc_weight:
+            penalty = penalty + self.conc_weight * concentration_penalty(phi, self.gates.module)
+        return self.penalty_weight * penalty
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self.gates is not None
@@ -275,6 +276,17 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
             self.writer = SummaryWriter(log_dir=folder)
         rows = torch.nn.utils.rnn.pad_sequence(list(torch.split(gates, self.gates.sizes)), batch_first=True)
         self.writer.add_image("head_gates", rows[None].float().kron(torch.ones(1, 16, 16)), step)
+
+
+def _check_resumable(state: TrainerState) -> dict[str, Any]:
+    """The state of the gates in a checkpoint."""
+    saved: dict[str, Any] | None = state.stateful_callbacks.get(PassCallback.__name__)
+    if saved is None:
+        raise ConfigError(
+            "The checkpoint to resume from was made without PASS: train from its weights in a new run, without "
+            "resume_from_checkpoint."
+        )
+    return saved
 
 
 def head_confidence(model: PreTrainedModel, gates: HeadGates, batches: list[dict[str, Any]]) -> torch.Tensor:
@@ -380,6 +392,11 @@ class PassTrainer(PruningTrainer):
         if self._ready:
             self.callback.on_init_end(self.args, self.state, self.control, model=model)
         return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+        _check_resumable(state)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)

@@ -5,7 +5,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
 
 from ..costs import CostTable
 from ..errors import ConfigError
@@ -78,6 +78,8 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         prunable_units(self.model)
         self.model.add_model_tags(["hf_prune", "pruning"])
         self.metrics: dict[str, dict[str, float]] = {}
+        if self.args.eval_strategy != "no":
+            self.callback_handler.callbacks.insert(0, _BeforeAndAfter(self))
         self.teacher_model: Any = teacher_model
         if self.args.distillation_weight:
             if teacher_model is None:
@@ -101,17 +103,12 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         """A shrunk copy of the model."""
         return self._pruned()[0]
 
-    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # With `*_full_eval` an evaluation outside of training casts the weights for good.
-        evaluate = str(self.args.eval_strategy) != "no" and not (self.args.fp16_full_eval or self.args.bf16_full_eval)
-        if evaluate and not resume_from_checkpoint and trial is None:
-            with without_mask(self.model):
-                self.metrics["before"] = _quality(self.evaluate(metric_key_prefix="dense"), "dense_")
-            self.model_wrapped = self.model  # evaluation may have wrapped it in its own way
-        output = super().train(resume_from_checkpoint, trial, *args, **kwargs)
-        if evaluate:
-            self.metrics["after"] = _quality(self.evaluate(), "eval_")
-        return output
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation before training marks the model as prepared: Accelerate would not wrap it in DDP any more, and
+        # each process would train a model of its own.
+        if self.model is not None:  # as between the trials of a search
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
 
     # The loss
 
@@ -194,6 +191,22 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     def facts(self) -> dict[str, Any]:
         """What the report says about the run beyond hyperparameters and costs."""
         return {"steps": self.state.global_step, "metrics": self.metrics}
+
+
+class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]
+    """Evaluates the dense model when training begins, and what is left of it when it ends."""
+
+    def __init__(self, trainer: PruningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            with without_mask(self.trainer.model):
+                metrics = self.trainer.evaluate(metric_key_prefix="dense")
+            self.trainer.metrics["before"] = _quality(metrics, "dense_")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.metrics["after"] = _quality(self.trainer.evaluate(), "eval_")
 
 
 _SPEED = ("runtime", "per_second", "preparation_time")
