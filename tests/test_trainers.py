@@ -153,7 +153,7 @@ def test_a_short_run_warns(tmp_path, caplog):
     trainer = make_trainer("bert", tmp_path)
     trainer.train()
     T.logging.disable_propagation()
-    assert "12 of 12 gates are undecided" in caplog.text and not trainer.callback.saturated
+    assert "0 gates open, 0 closed and 12 undecided" in caplog.text and not trainer.callback.saturated
 
 
 def test_schedule(tmp_path):
@@ -573,7 +573,7 @@ from tiny import tiny_model
 
 out = Path(sys.argv[1])
 for name in ("bert", "llama"):
-    for accumulate in (1, 2):
+    for accumulate in (1, 2) if name == "bert" else (2,):
         options = dict(eval_strategy="steps", eval_steps=4) if accumulate == 1 else dict(concentrate=True, reopen=True)
         trainer = make_trainer(
             name, out / "run", tiny_model(name, **NO_DROPOUT), per_device_train_batch_size=4 // int(sys.argv[2]),
@@ -604,7 +604,7 @@ def test_two_processes_train_the_same_gates_as_one(tmp_path):
             [*command, script, tmp_path, processes], env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
-    for run in ("bert-1", "bert-2", "llama-1", "llama-2"):
+    for run in ("bert-1", "bert-2", "llama-2"):
         one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
         assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
         assert one[1] == first[1] == second[1]

@@ -139,7 +139,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.gradient = self.inputs = None
         self._reset()
         if state.global_step:
-            for name, value in _check_resumable(state)["attributes"].items():
+            for name, value in _saved_state(self, state)["attributes"].items():
                 setattr(self, name, value)
             self.moments = torch.tensor(self.moments, dtype=torch.float64)
         run = state.max_steps
@@ -213,7 +213,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
             if self.options.concentrate:
                 self.conc_weight = concentration_weight(phi, self.gates.module)
             self.gates.phi = phi
-        closed, opened = int((phi <= -DECIDED).sum()), int((phi >= DECIDED).sum())
+        closed, opened = _count(phi)
         if closed >= len(phi) - kept or step >= 5 * self.steps:
             self.conc_weight = 0.0
         if not (closed == len(phi) - kept and opened == kept):
@@ -224,12 +224,13 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         if self.gates is None or "loss" not in logs:
             return
         phi = self.gates.phi
+        closed, opened = _count(phi)
         facts = {
             "pass_lambda": self.penalty_weight,
             "pass_lambda_conc": self.conc_weight,
-            "heads_open": int((phi >= DECIDED).sum()),
-            "heads_closed": int((phi <= -DECIDED).sum()),
-            "heads_undecided": int((phi.abs() < DECIDED).sum()),
+            "heads_open": opened,
+            "heads_closed": closed,
+            "heads_undecided": len(phi) - closed - opened,
             "heads_expected": float((1 - closed_probability(phi)).sum()),
         }
         logs.update(facts)
@@ -240,12 +241,13 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self.gates is not None
         phi, kept = self.gates.phi, self.options.num_heads or 0
-        undecided = int((phi.abs() < DECIDED).sum())
-        self.saturated = undecided == 0 and int((phi > 0).sum()) == kept
+        closed, opened = _count(phi)
+        self.saturated = closed == len(phi) - kept and opened == kept
         if not self.saturated:
             logger.warning(
-                f"{undecided} of {len(phi)} gates are undecided at the end: the {kept} heads with the largest φ are "
-                "kept, but the weights were not trained for them alone. Train longer, or lower lambda_steps."
+                f"PASS ends with {opened} gates open, {closed} closed and {len(phi) - closed - opened} undecided: the "
+                f"{kept} heads with the largest φ are kept, but the weights were not trained for them alone. Train "
+                "longer, or lower lambda_steps."
             )
         self._show_mask(self.gates)  # load_best_model_at_end may have brought other gates
         mask = current_mask(model)
@@ -253,8 +255,11 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         apply_mask(model, mask)
         zero_units(model, mask)
         self.gates = None
-        for parameter in self.frozen:
-            parameter.requires_grad_(True)
+        if self.frozen:
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
+            if args.activation_checkpointing:
+                model.disable_input_require_grads()
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -278,9 +283,14 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.writer.add_image("head_gates", rows[None].float().kron(torch.ones(1, 16, 16)), step)
 
 
-def _check_resumable(state: TrainerState) -> dict[str, Any]:
-    """The state of the gates in a checkpoint."""
-    saved: dict[str, Any] | None = state.stateful_callbacks.get(PassCallback.__name__)
+def _count(phi: torch.Tensor) -> tuple[int, int]:
+    """How many gates are closed, and how many open."""
+    return int((phi <= -DECIDED).sum()), int((phi >= DECIDED).sum())
+
+
+def _saved_state(callback: PassCallback, state: TrainerState) -> dict[str, Any]:
+    """What a checkpoint holds for a callback."""
+    saved: dict[str, Any] | None = state.stateful_callbacks.get(type(callback).__name__)
     if saved is None:
         raise ConfigError(
             "The checkpoint to resume from was made without PASS: train from its weights in a new run, without "
@@ -395,7 +405,7 @@ class PassTrainer(PruningTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-        _check_resumable(state)
+        _saved_state(self.callback, state)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _hp_search_setup(self, trial: Any) -> None:
