@@ -75,6 +75,19 @@ if TYPE_CHECKING:
     from .reconstruction import reconstruct as reconstruct
     from .report import PruningReport as PruningReport
     from .surgery import shrink as shrink
+    from .trainers import (
+        GradualSparsityCallback as GradualSparsityCallback,
+        KeepMaskCallback as KeepMaskCallback,
+        PassCallback as PassCallback,
+        PassTrainer as PassTrainer,
+        PassTrainingArguments as PassTrainingArguments,
+        PruningTrainer as PruningTrainer,
+        PruningTrainingArguments as PruningTrainingArguments,
+        Seq2SeqPassTrainer as Seq2SeqPassTrainer,
+        Seq2SeqPassTrainingArguments as Seq2SeqPassTrainingArguments,
+        Seq2SeqPruningTrainer as Seq2SeqPruningTrainer,
+        Seq2SeqPruningTrainingArguments as Seq2SeqPruningTrainingArguments,
+    )
     from .units import PrunableUnits as PrunableUnits, UnitGroup as UnitGroup, prunable_units as prunable_units
     from .verification import verify_architecture as verify_architecture
     from .weight_masks import WeightMask as WeightMask
@@ -145,6 +158,19 @@ _MODULES = {
     "reconstruction": ("reconstruct",),
     "report": ("PruningReport",),
     "surgery": ("shrink",),
+    "trainers": (
+        "GradualSparsityCallback",
+        "KeepMaskCallback",
+        "PassCallback",
+        "PassTrainer",
+        "PassTrainingArguments",
+        "PruningTrainer",
+        "PruningTrainingArguments",
+        "Seq2SeqPassTrainer",
+        "Seq2SeqPassTrainingArguments",
+        "Seq2SeqPruningTrainer",
+        "Seq2SeqPruningTrainingArguments",
+    ),
     "units": ("PrunableUnits", "UnitGroup", "prunable_units"),
     "verification": ("verify_architecture",),
     "weight_masks": ("WeightMask",),

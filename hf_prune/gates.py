@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from .masks import PruningMask
@@ -58,8 +59,15 @@ def _skip_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def attach_gate(module: nn.Module, gate: nn.Module) -> None:
     """Let `gate` transform the input of a projection from now on. One gate a projection: an older one is replaced."""
     detach_gate(module)
+    _attach(module, gate)
+
+
+def _attach(module: nn.Module, gate: nn.Module) -> None:
     module.add_module(GATE, gate)
-    module.register_forward_pre_hook(_gate_input)
+    if isinstance(gate, SkipGate):
+        module.register_forward_hook(_skip_layer, with_kwargs=True)
+    else:
+        module.register_forward_pre_hook(_gate_input)
 
 
 def detach_gate(module: nn.Module) -> None:
@@ -94,8 +102,7 @@ def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
             layers = base.get_submodule(group.name)
             assert isinstance(layers, nn.ModuleList)
             for index in (~keep).nonzero().flatten().tolist():
-                layers[index].add_module(GATE, SkipGate())
-                layers[index].register_forward_hook(_skip_layer, with_kwargs=True)
+                _attach(layers[index], SkipGate())
         elif not keep.all():
             module = projection(base, group.name)
             keep = keep.to(module.weight.device)
@@ -104,9 +111,25 @@ def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
 
 def remove_mask(model: PreTrainedModel) -> None:
     """Give a masked model its dense function back."""
-    for module in list(model.modules()):
-        if isinstance(getattr(module, GATE, None), MaskGate | SkipGate):
-            detach_gate(module)
+    for module, _ in _mask_gates(model):
+        detach_gate(module)
+
+
+@contextmanager
+def without_mask(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context, a masked model computes its dense function."""
+    gates = _mask_gates(model)
+    remove_mask(model)
+    try:
+        yield
+    finally:
+        for module, gate in gates:
+            _attach(module, gate)
+
+
+def _mask_gates(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
+    found = [(module, getattr(module, GATE, None)) for module in model.modules()]
+    return [(module, gate) for module, gate in found if isinstance(gate, MaskGate | SkipGate)]
 
 
 def current_mask(model: PreTrainedModel) -> PruningMask | None:
@@ -126,18 +149,6 @@ def current_mask(model: PreTrainedModel) -> PruningMask | None:
             if isinstance(gate, MaskGate):
                 keep[group.name] = gate.keep
     return PruningMask(keep, units) if keep else None
-
-
-@contextmanager
-def unmasked(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context, a model is without its mask."""
-    mask = current_mask(model)
-    remove_mask(model)
-    try:
-        yield
-    finally:
-        if mask is not None:
-            apply_mask(model, mask)
 
 
 def masked_columns(
@@ -180,6 +191,15 @@ def observe(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_inputs(model: nn.Module, calls: list[dict[str, Any]]) -> RemovableHandle:
+    """Append the keyword arguments of every call of a model to `calls`, until the handle is removed."""
+
+    def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(kwargs)
+
+    return model.register_forward_pre_hook(call, with_kwargs=True)
 
 
 @contextmanager

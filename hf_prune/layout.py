@@ -192,7 +192,7 @@ def record(model: "PreTrainedModel", candidates: Sequence["PreTrainedConfig"]) -
             # Some configs check their numbers only when they are created, as they are when a checkpoint is loaded.
             type(config).from_dict(config.to_dict())
             numbers = describe(model, skeleton(model, config))
-        except (ValueError, StrictDataclassError, LayoutError):
+        except (ValueError, ZeroDivisionError, StrictDataclassError, LayoutError):  # divided by no heads in layer 0
             if config is candidates[-1]:
                 raise
             continue

@@ -193,3 +193,18 @@ def test_heads_that_a_config_refuses_are_recorded_in_a_layout(tmp_path):
     model = T.LlamaForCausalLM(config)
     selector = Selector(hf_prune.CostTable(model), {"macs": 0.6}, allocation="uniform", config=model.config)
     assert selector.classes["num_attention_heads"][1] == [1, 2, 4]
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "bert", "vit"])
+def test_the_first_layer_may_lose_all_heads(name, tmp_path):
+    model = tiny_model(name)
+    units = hf_prune.prunable_units(model)
+    group = units.of_kind("heads")[0]
+    hf_prune.apply_mask(model, hf_prune.PruningMask({group.name: torch.zeros(group.size, dtype=torch.bool)}, units))
+    batch = tiny_batch(name)
+    with torch.no_grad():
+        masked = model(**batch).logits
+        shrunk = hf_prune.shrink(model)(**batch).logits
+        hf_prune.save_pretrained(model, tmp_path)
+        again = type(model).from_pretrained(tmp_path)(**batch).logits
+    assert torch.allclose(shrunk, masked, atol=1e-5) and torch.equal(again, shrunk)

@@ -12,7 +12,7 @@ from ..calibration import Calibrator, Moments, from_main_process
 from ..costs import CostTable
 from ..depth import drop_layers
 from ..errors import ConfigError, unknown
-from ..gates import LayerCalls, apply_mask, current_mask, remove_mask, unmasked
+from ..gates import LayerCalls, apply_mask, current_mask, remove_mask, without_mask
 from ..latency import latency_table, measure_pruned
 from ..masks import PruningMask
 from ..reconstruction import Recovery, compensate, reconstruct
@@ -332,7 +332,7 @@ class Pruner(BasePruner[C]):
         target = self.config.target_length or self.config.sequence_length or target
         latency = None
         if "latency" in self.config.budget:
-            with unmasked(model):
+            with without_mask(model):
                 latency = from_main_process(
                     lambda: latency_table(
                         model,

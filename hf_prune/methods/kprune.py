@@ -20,7 +20,7 @@ from ..batches import Batch
 from ..calibration import Calibrator, mask_gradients, select_real
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
-from ..gates import current_mask, detach_gate, resume_at, unmasked
+from ..gates import current_mask, detach_gate, resume_at, without_mask
 from ..masks import PruningMask
 from ..reconstruction import Solution, walks
 from ..surgery import cut_layer
@@ -84,7 +84,7 @@ class KPrunePruner(Pruner[KPruneConfig]):
         selector, recover = self.selector(model, units, calibrator), self.recovery(model, units)
         names = [g.name for g in units.values() if g in selector.groups]
         dropped = current_mask(model)
-        with unmasked(model):  # all layers are the teacher's
+        with without_mask(model):  # all layers are the teacher's
             student = _Student(calibrator, self.config)
         decided: dict[str, torch.Tensor] = {}
         solutions: dict[str, Solution] = {}

@@ -1,0 +1,142 @@
+"""Training arguments, for use in Python and with `HfArgumentParser`."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Seq2SeqTrainingArguments, TrainingArguments
+
+from ..errors import ConfigError
+
+
+@dataclass
+class PruningTrainingArguments(TrainingArguments):  # type: ignore[misc]  # transformers is not type-checked here
+    """Arguments of [`PruningTrainer`]: those of `TrainingArguments`, and
+
+    Args:
+        distillation_weight (`float`, *optional*, defaults to 0.0): Weight w of the distillation in the loss
+            (1−w)·task + w·distillation.
+        distillation_temperature (`float`, *optional*, defaults to 2.0): T in T²·KL(softmax(teacher/T) ‖
+            softmax(student/T)).
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+
+    distillation_weight: float = field(
+        default=0.0, metadata={"help": "Weight w of the distillation in the loss (1-w)*task + w*distillation."}
+    )
+    distillation_temperature: float = field(
+        default=2.0, metadata={"help": "Temperature at which the logits of teacher and student are compared."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.distillation_weight <= 1:
+            raise ConfigError(f"distillation_weight must be from 0 to 1, got {self.distillation_weight!r}.")
+        _check_positive(self, "distillation_temperature")
+
+
+@dataclass
+class PassOptions:
+    """Options of PASS.
+
+    Args:
+        num_heads (`int`): How many heads to keep, over all layers. Under grouped-query attention KV groups are
+            counted.
+        gate_learning_rate (`float`, *optional*, defaults to 0.5): Learning rate of the gates. It follows the schedule
+            of the weights'.
+        train_weights (`bool`, *optional*, defaults to `True`): Train the weights together with the gates, or the gates
+            alone.
+        concentrate (`bool`, *optional*, defaults to `False`): Prefer to empty whole attention modules (PASSCONC).
+        reopen (`bool`, *optional*): At three moments in the first half of the run open closed heads again, with a
+            probability that grows with their confidence. Defaults to `True` as in the paper, to `False` in runs of
+            less than 10,000 steps, in which the gates don't settle again.
+        lambda_base, lambda_growth (`float`, *optional*, defaults to 1e-5 and 1000): The weight of the penalty begins
+            at `lambda_base` and grows by the factor `lambda_growth` in `lambda_steps` steps, until `num_heads` gates
+            are open and all others closed. The values are for mean losses.
+        lambda_steps (`int`, *optional*): See above. Clipping, reopening and concentration happen at 2 to 5 times as
+            many steps; without reopening concentration begins at once as many. Defaults to 1000 as in the paper, to a
+            tenth of the run where that is less than 10,000 steps long.
+
+    Raises:
+        ConfigError: An option is out of range.
+    """
+
+    num_heads: int | None = field(default=None, metadata={"help": "How many heads to keep, over all layers."})
+    gate_learning_rate: float = field(default=0.5, metadata={"help": "Learning rate of the gates."})
+    train_weights: bool = field(
+        default=True, metadata={"help": "Train the weights together with the gates, or the gates alone."}
+    )
+    concentrate: bool = field(default=False, metadata={"help": "Prefer to empty whole attention modules (PASSCONC)."})
+    reopen: bool | None = field(
+        default=None,
+        metadata={"help": "Open confident heads again in the first half. Default: in runs of 10,000 steps or more."},
+    )
+    lambda_base: float = field(default=1e-5, metadata={"help": "Weight of the penalty at the begin."})
+    lambda_growth: float = field(
+        default=1000.0, metadata={"help": "Factor by which the weight of the penalty grows in lambda_steps."}
+    )
+    lambda_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Steps in which the weight of the penalty grows by lambda_growth. Default: 1000, or a tenth "
+            "of a run of less than 10,000 steps."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.check_pass_options()
+
+    def check_pass_options(self) -> None:
+        """Raise unless all options are in range."""
+        if self.num_heads is None:
+            raise ConfigError("num_heads is missing: say how many heads to keep, over all layers.")
+        for name in ("num_heads", "lambda_steps"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        for name in ("gate_learning_rate", "lambda_base", "lambda_growth"):
+            _check_positive(self, name)
+        if self.lambda_growth <= 1:
+            raise ConfigError(f"lambda_growth must be more than 1, got {self.lambda_growth!r}.")
+
+
+@dataclass
+class PassTrainingArguments(PassOptions, PruningTrainingArguments):
+    """Arguments of [`PassTrainer`]: those of [`PruningTrainingArguments`] and [`PassOptions`]."""
+
+    def __post_init__(self) -> None:
+        PruningTrainingArguments.__post_init__(self)
+        self.check_pass_options()
+
+
+@dataclass
+class Seq2SeqPruningTrainingArguments(PruningTrainingArguments, Seq2SeqTrainingArguments):  # type: ignore[misc]
+    """Arguments of [`Seq2SeqPruningTrainer`]: those of [`PruningTrainingArguments`] and `Seq2SeqTrainingArguments`."""
+
+
+@dataclass
+class Seq2SeqPassTrainingArguments(PassTrainingArguments, Seq2SeqTrainingArguments):  # type: ignore[misc]
+    """Arguments of [`Seq2SeqPassTrainer`]: those of [`PassTrainingArguments`] and `Seq2SeqTrainingArguments`."""
+
+
+def check_whole_model(args: TrainingArguments) -> None:
+    """Raise if the model will be sharded: gates, masks and the final cut need all of it in each process.
+
+    Raises:
+        ConfigError: FSDP or DeepSpeed is on.
+    """
+    launched = {name: os.environ.get(f"ACCELERATE_USE_{name.upper()}", "") for name in ("fsdp", "deepspeed")}
+    for name, given in (("fsdp", args.fsdp), ("deepspeed", args.deepspeed)):
+        if given or launched[name].lower() in ("1", "true"):
+            raise ConfigError(
+                f"{name} splits the model over processes, and it is pruned whole: leave {name} away and let torchrun "
+                "or `accelerate launch --multi_gpu` train a copy in each process."
+            )
+
+
+def _check_positive(options: Any, name: str) -> None:
+    value = getattr(options, name)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+        raise ConfigError(f"{name} must be a positive number, got {value!r}.")

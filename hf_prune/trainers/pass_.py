@@ -1,0 +1,426 @@
+"""PASS and PASSCONC: Ding et al., "PASS: Pruning Attention Heads with Almost-sure Sparsity Targets", TMLR.
+
+Hard-concrete gates of heads are trained with the task. A penalty that grows in the course of the run lets exactly K of
+them end open and the others closed, almost surely; the K heads with the largest φ stay. PASSCONC adds a penalty for
+each attention module that is not empty.
+"""
+
+import os
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import reduce
+from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from ..architectures import AttentionSpec
+from ..benchmark import example_inputs
+from ..calibration import process_state
+from ..errors import ConfigError, UnsupportedModelError
+from ..gates import apply_mask, current_mask, record_inputs, remove_mask
+from ..units import UnitGroup
+from .arguments import PassOptions, check_whole_model
+from .callbacks import zero_units
+from .head_gates import (
+    DECIDED,
+    HeadGates,
+    add_head_gates,
+    almost_sure_penalty,
+    closed_probability,
+    concentration_penalty,
+    concentration_weight,
+    gate_noise,
+    penalty_weight,
+    soft_gates,
+    top_heads,
+)
+from .pruning import PruningTrainer
+
+logger = logging.get_logger(__name__)
+_LONG_RUN = 10_000
+_REOPEN = 1 << 20  # tells the seeds of reopening from those of the gates' noise
+
+
+class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # transformers is not type-checked here
+    """PASS in any `Trainer`. When training ends the model is masked, and exactly `num_heads` heads are left.
+
+    The gates are added when the `Trainer` is made, and trained by an Adam of their own, without weight decay: whatever
+    optimizer trains the weights, φ keeps its learning rate. The penalty depends on the gates alone: its gradient
+    is added to theirs once per step, so that the loss in the logs is that of the task. Logs also show `pass_lambda`,
+    `pass_lambda_conc`, `heads_open`, `heads_closed`, `heads_undecided` and `heads_expected`, the expected number of
+    gates that are not 0. With TensorBoard a heat map (modules x heads) shows the gates.
+
+    In evaluation the model is always the one that would be left: the `num_heads` heads with the largest φ. When
+    training ends the other heads are masked, and their output weights are zero, so that every way to save the model
+    saves what was trained. `hf_prune.shrink(model)` cuts them.
+
+    [`PassTrainer`] also leaves the gates out of the clipping of the weights' gradients, and saves the shrunk model.
+
+    Args:
+        options: See [`PassOptions`]: `num_heads`, `gate_learning_rate`, ...
+
+    Raises:
+        ConfigError: An option is out of range; the model has gates already; it is sharded (FSDP, DeepSpeed), or
+            trained in fp16. When training begins: the run resumes from a checkpoint without gates.
+        UnsupportedModelError: The model has no heads that can be pruned.
+
+    Examples:
+        ```python
+        >>> trainer = SFTTrainer(model, args, train_dataset=dataset, callbacks=[PassCallback(num_heads=48)])
+        >>> trainer.train()
+        >>> hf_prune.save_pretrained(hf_prune.shrink(model), "small")
+        ```
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.options = PassOptions(**options)
+        self.gates: HeadGates | None = None
+        self.gradient: torch.Tensor | None = None
+        self.inputs: list[dict[str, Any]] | None = None
+        self.frozen: list[torch.nn.Parameter] = []
+        self.writer: Any = None
+        self.steps, self.part = 1, 0
+        self.reopen = self.saturated = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self.count = 0  # c, the steps in which the constraint was not met
+        self.updates = 0
+        self.conc_weight = 0.0
+        self.moments = torch.zeros(2, len(self.gates or ()), dtype=torch.float64)
+
+    def state(self) -> dict[str, Any]:
+        """For checkpoints: what must be restored beside φ, which the weights of the checkpoint hold."""
+        attributes = {
+            "count": self.count,
+            "updates": self.updates,
+            "conc_weight": self.conc_weight,
+            "moments": self.moments.tolist(),
+        }
+        return {"args": asdict(self.options), "attributes": attributes}
+
+    # The run
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_whole_model(args)
+        if args.fp16:
+            raise ConfigError("fp16 scales the loss, and with it the gradients of the gates: use bf16=True instead.")
+        if args.learning_rate <= 0:
+            raise ConfigError(
+                "The gates follow the schedule of learning_rate, which must be positive. To train the gates alone set "
+                "train_weights=False."
+            )
+        gates = add_head_gates(model, args.seed)
+        try:
+            gates.check(self.options.num_heads or 0)
+        except ConfigError:
+            remove_mask(model)
+            raise
+        if not self.options.train_weights:
+            own = {id(gate.log_alpha) for gate in gates.gates}
+            self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
+            for parameter in self.frozen:
+                parameter.requires_grad_(False)
+            if args.activation_checkpointing:  # the reentrant kind only works behind inputs with a gradient
+                model.enable_input_require_grads()
+        self._show_mask(gates)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gates = HeadGates(model)
+        if not self.gates.groups:
+            raise ConfigError(
+                "The model has no head gates: they are added when the Trainer is made, and folded when training ends. "
+                "Make a new Trainer; with model_init use a PassTrainer."
+            )
+        self.gates.check(self.options.num_heads or 0)
+        self.gradient = self.inputs = None
+        self._reset()
+        if state.global_step:
+            for name, value in _saved_state(self, state)["attributes"].items():
+                setattr(self, name, value)
+            self.moments = torch.tensor(self.moments, dtype=torch.float64)
+        run = state.max_steps
+        self.steps = self.options.lambda_steps or (1000 if run >= _LONG_RUN else max(run // 10, 1))
+        self.reopen = run >= _LONG_RUN if self.options.reopen is None else self.options.reopen
+        # Without reopening the gates are decided at 2: from there on nothing would be left to concentrate.
+        self.events = {self.steps * i for i in range(2 if self.reopen else 1, 5) if self.steps * i <= run // 2}
+        if self.reopen:
+            head_confidence(model, self.gates, [example_inputs(model, batch_size=1, sequence_length=8)])
+        self._show_mask(self.gates)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.part = 0
+        self._draw(args, state)
+        if self.reopen and state.global_step + 1 in self.events:
+            self.inputs = []
+            self.handle = record_inputs(model, self.inputs)
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.part += 1
+        self._draw(args, state)
+
+    def _draw(self, args: Any, state: Any) -> None:
+        assert self.gates is not None
+        self.gates.set_noise(gate_noise(len(self.gates), args.seed, state.global_step, self.part))
+
+    def take_gradients(self) -> None:
+        """Take the gates' gradients by the task out of the parameters: the optimizer of the weights leaves them."""
+        if self.gradient is None:
+            assert self.gates is not None
+            self.gradient = self.gates.take_gradients()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        self.take_gradients()
+        assert self.gates is not None and self.gradient is not None
+        phi = self.gates.phi.requires_grad_()
+        gradient = self.gradient + torch.autograd.grad(self.penalty(phi), phi)[0]
+        self.gradient = None
+
+        # Adam, without weight decay.
+        group = optimizer.param_groups[0]
+        rate = self.options.gate_learning_rate * group["lr"] / group.get("initial_lr", args.learning_rate)
+        self.updates += 1
+        mean, square = self.moments
+        mean.lerp_(gradient, 1 - 0.9)
+        square.lerp_(gradient.square(), 1 - 0.999)
+        scale = (square / (1 - 0.999**self.updates)).sqrt() + 1e-8
+        self.gates.phi = phi.detach() - rate * mean / (1 - 0.9**self.updates) / scale
+
+    def penalty(self, phi: torch.Tensor) -> torch.Tensor:
+        """What is added to the loss of the task: λ·(R_pass + λc·R_conc)."""
+        assert self.gates is not None
+        penalty = almost_sure_penalty(phi, self.options.num_heads or 0)
+        if self.conc_weight:
+            penalty = penalty + self.conc_weight * concentration_penalty(phi, self.gates.module)
+        return self.penalty_weight * penalty
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        assert self.gates is not None
+        step, kept, phi = state.global_step, self.options.num_heads or 0, self.gates.phi
+        if step in self.events:
+            phi.clamp_(-DECIDED, DECIDED)
+            if self.inputs is not None:
+                self.handle.remove()
+                confidence = head_confidence(model, self.gates, self.inputs)
+                chance = torch.from_numpy(np.random.default_rng([args.seed, step, _REOPEN]).random(len(phi)))
+                back = (phi <= -DECIDED) & (chance < confidence)
+                phi[back] = DECIDED
+                self.moments[:, back] = 0
+                self.inputs = None
+            if self.options.concentrate:
+                self.conc_weight = concentration_weight(phi, self.gates.module)
+            self.gates.phi = phi
+        closed, opened = _count(phi)
+        if closed >= len(phi) - kept or step >= 5 * self.steps:
+            self.conc_weight = 0.0
+        if not (closed == len(phi) - kept and opened == kept):
+            self.count += 1
+        self._show_mask(self.gates)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.gates is None or "loss" not in logs:
+            return
+        phi = self.gates.phi
+        closed, opened = _count(phi)
+        facts = {
+            "pass_lambda": self.penalty_weight,
+            "pass_lambda_conc": self.conc_weight,
+            "heads_open": opened,
+            "heads_closed": closed,
+            "heads_undecided": len(phi) - closed - opened,
+            "heads_expected": float((1 - closed_probability(phi)).sum()),
+        }
+        logs.update(facts)
+        state.log_history[-1].update(facts)
+        if "tensorboard" in args.report_to and state.is_world_process_zero:
+            self._draw_map(args, soft_gates(phi), state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        assert self.gates is not None
+        phi, kept = self.gates.phi, self.options.num_heads or 0
+        closed, opened = _count(phi)
+        self.saturated = closed == len(phi) - kept and opened == kept
+        if not self.saturated:
+            logger.warning(
+                f"PASS ends with {opened} gates open, {closed} closed and {len(phi) - closed - opened} undecided: the "
+                f"{kept} heads with the largest φ are kept, but the weights were not trained for them alone. Train "
+                "longer, or lower lambda_steps."
+            )
+        self._show_mask(self.gates)  # load_best_model_at_end may have brought other gates
+        mask = current_mask(model)
+        assert mask is not None
+        apply_mask(model, mask)
+        zero_units(model, mask)
+        self.gates = None
+        if self.frozen:
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
+            if args.activation_checkpointing:
+                model.disable_input_require_grads()
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+    @property
+    def penalty_weight(self) -> float:
+        """λ."""
+        return penalty_weight(self.count, self.options.lambda_base, self.options.lambda_growth, self.steps)
+
+    def _show_mask(self, gates: HeadGates) -> None:
+        gates.set_mask(top_heads(gates.phi, self.options.num_heads or 0, gates.module, gates.needed))
+
+    def _draw_map(self, args: Any, gates: torch.Tensor, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        assert self.gates is not None
+        if self.writer is None:
+            folder = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(args.output_dir, "runs", "head_gates")
+            self.writer = SummaryWriter(log_dir=folder)
+        rows = torch.nn.utils.rnn.pad_sequence(list(torch.split(gates, self.gates.sizes)), batch_first=True)
+        self.writer.add_image("head_gates", rows[None].float().kron(torch.ones(1, 16, 16)), step)
+
+
+def _count(phi: torch.Tensor) -> tuple[int, int]:
+    """How many gates are closed, and how many open."""
+    return int((phi <= -DECIDED).sum()), int((phi >= DECIDED).sum())
+
+
+def _saved_state(callback: PassCallback, state: TrainerState) -> dict[str, Any]:
+    """What a checkpoint holds for a callback."""
+    saved: dict[str, Any] | None = state.stateful_callbacks.get(type(callback).__name__)
+    if saved is None:
+        raise ConfigError(
+            "The checkpoint to resume from was made without PASS: train from its weights in a new run, without "
+            "resume_from_checkpoint."
+        )
+    return saved
+
+
+def head_confidence(model: PreTrainedModel, gates: HeadGates, batches: list[dict[str, Any]]) -> torch.Tensor:
+    """How sure each head is: the largest attention probability of a query, mean over queries; the surest head has 1.
+
+    Args:
+        model (`PreTrainedModel`): The model. It is called in evaluation mode, in which it is left.
+        gates ([`HeadGates`]): Its gates.
+        batches (`list[dict]`): What to call it with. Queries at padding don't count. Several processes take the mean.
+
+    Returns:
+        `torch.Tensor`: float64 of shape (n,), from 0 to 1.
+
+    Raises:
+        UnsupportedModelError: The model does not return attention probabilities.
+    """
+    before = model.config._attn_implementation
+    total = torch.zeros(len(gates), dtype=torch.float64)
+    model.eval()
+    model.set_attn_implementation("eager")  # the only one that has the probabilities
+    try:
+        for batch in batches:
+            with torch.no_grad():
+                outputs = model(**{**batch, "output_attentions": True, "return_dict": True})
+            total += torch.cat([_group_confidence(outputs, group, batch) for group in gates.groups])
+    finally:
+        model.set_attn_implementation(before)
+    if process_state().num_processes > 1:
+        total = reduce(total.to(model.device, torch.float32), "mean").cpu().double()
+    return total / total.max()
+
+
+def _group_confidence(outputs: Any, group: UnitGroup, batch: dict[str, Any]) -> torch.Tensor:
+    assert isinstance(group.block, AttentionSpec)
+    decodes = outputs.get("decoder_attentions") is not None and group.stack.startswith("decoder")
+    both = outputs.get("encoder_attentions") is not None
+    side = "decoder_" if decodes else "encoder_"
+    name = "cross_attentions" if group.block.cross else f"{side if both else ''}attentions"
+    layers = outputs.get(name)
+    if not layers or layers[group.layer] is None:
+        raise UnsupportedModelError(
+            f"The model returns no attention probabilities for {group.name}, by which heads are opened again: set "
+            "reopen=False."
+        )
+    best = layers[group.layer].double().amax(-1).cpu()  # (batch, query heads, queries)
+    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
+    real = torch.ones_like(best[:, 0])
+    if mask is not None and mask.shape == real.shape:
+        real = mask.cpu().to(real)
+    mean: torch.Tensor = (best * real[:, None]).sum((0, 2)) / real.sum()
+    return mean.view(group.size, -1).mean(1)
+
+
+class PassTrainer(PruningTrainer):
+    """A `Trainer` that ends with exactly `num_heads` attention heads: PASS, or PASSCONC with `concentrate=True`.
+
+    It is a [`PruningTrainer`] with a [`PassCallback`], and takes the arguments of both.
+
+    Args:
+        args ([`PassTrainingArguments`]): Its arguments.
+        others: See [`PruningTrainer`].
+
+    Raises:
+        ConfigError, UnsupportedModelError: See [`PassCallback`].
+
+    Examples:
+        ```python
+        >>> args = PassTrainingArguments("out", num_heads=48, num_train_epochs=3, learning_rate=2e-5)
+        >>> trainer = PassTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+        >>> trainer.train()
+        >>> trainer.save_model()  # shrunk, reloaded and compared
+        ```
+    """
+
+    _ready = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, PassOptions):
+            raise ConfigError(
+                f"args must be PassTrainingArguments(output_dir, num_heads=...), got {type(self.args).__name__}."
+            )
+        # In front of the others, which then log what it adds to the logs.
+        self.callback_handler.callbacks.insert(0, PassCallback(**self._options()))
+        self.callback.on_init_end(self.args, self.state, self.control, model=self.model)
+        self._ready = True
+
+    def _options(self) -> dict[str, Any]:
+        return {field.name: getattr(self.args, field.name) for field in fields(PassOptions)}
+
+    @property
+    def callback(self) -> PassCallback:
+        """The [`PassCallback`] that trains the gates."""
+        found: PassCallback = next(c for c in self.callback_handler.callbacks if isinstance(c, PassCallback))
+        return found
+
+    @property
+    def method(self) -> str:
+        return "passconc" if self.callback.options.concentrate else "pass"
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        if self._ready:
+            self.callback.on_init_end(self.args, self.state, self.control, model=model)
+        return model
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+        _saved_state(self.callback, state)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self.callback.options = PassOptions(**self._options())
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients:  # before the gradients of the weights are clipped
+            self.callback.take_gradients()
+        return loss
+
+    def facts(self) -> dict[str, Any]:
+        return {**super().facts(), "lambda": self.callback.penalty_weight, "saturated": self.callback.saturated}
+
+
+class Seq2SeqPassTrainer(PassTrainer, Seq2SeqTrainer):  # type: ignore[misc]
+    """[`PassTrainer`] with `predict_with_generate`. Its args are [`Seq2SeqPassTrainingArguments`]."""

@@ -1,0 +1,221 @@
+"""[`PruningTrainer`]: what all methods that prune during training share."""
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+
+from ..costs import CostTable
+from ..errors import ConfigError
+from ..gates import current_mask, remove_mask, without_mask
+from ..hub import save_pretrained
+from ..masks import PruningMask
+from ..report import PruningReport, unit_rows
+from ..surgery import shrink
+from ..units import prunable_units
+from .arguments import PruningTrainingArguments, check_whole_model
+from .distillation import counted_positions, distillation_loss
+
+_HYPERPARAMETERS = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "optim",
+    "bf16",
+    "seed",
+)
+
+
+class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type-checked here
+    """A `Trainer` whose model carries a mask, and whose [`~PruningTrainer.save_model`] saves the shrunk model.
+
+    By itself it recovers a pruned model: train what [`prune`] masked, with or without distillation, then save. Masked
+    units stay dead, for their gates stay closed. [`PassTrainer`] finds the mask in training.
+
+    Checkpoints of the run (`checkpoint-500`) are for `resume_from_checkpoint`: they hold the whole model and, with
+    [`PassTrainer`], its gates under keys that `from_pretrained` reports as unexpected. What `save_model()` and
+    `push_to_hub()` write is shrunk, reloaded and compared before it takes the folder's place, with tokenizer, mask
+    and a report with hyperparameters, costs, and metrics of the dense and the pruned model (where `eval_strategy` asks
+    for an evaluation). With `push_to_hub=True`, `hub_strategy="end"` keeps checkpoints off the Hub. The model in
+    memory keeps its shapes; [`~PruningTrainer.pruned_model`] is a shrunk copy.
+
+    Args:
+        args ([`PruningTrainingArguments`]): Its arguments.
+        teacher_model (`PreTrainedModel`, *optional*): Where `args.distillation_weight` is above 0, whose logits the
+            model learns. Defaults to a copy of the dense model as it is now.
+        others: See `Trainer`.
+
+    Raises:
+        ConfigError: `args` are of another class; the model is sharded (FSDP, DeepSpeed).
+        UnsupportedModelError: The model can't be pruned.
+
+    Examples:
+        ```python
+        >>> hf_prune.prune(model, hf_prune.KCMConfig(budget={"macs": 0.5}), texts, processing_class=tokenizer)
+        >>> args = PruningTrainingArguments("out", distillation_weight=0.5)
+        >>> trainer = PruningTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
+        >>> trainer.train()
+        >>> trainer.save_model()
+        ```
+    """
+
+    _checkpointing = False
+
+    def __init__(self, *args: Any, teacher_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, PruningTrainingArguments):
+            raise ConfigError(f"args must be PruningTrainingArguments, got {type(self.args).__name__}.")
+        check_whole_model(self.args)
+        prunable_units(self.model)
+        self.model.add_model_tags(["hf_prune", "pruning"])
+        self.metrics: dict[str, dict[str, float]] = {}
+        if self.args.eval_strategy != "no":
+            self.callback_handler.callbacks.insert(0, _BeforeAndAfter(self))
+        self.teacher_model: Any = teacher_model
+        if self.args.distillation_weight:
+            if teacher_model is None:
+                self.teacher_model = copy.deepcopy(self.model)
+                remove_mask(self.teacher_model)
+            self.teacher_model.to(self.args.device).eval().requires_grad_(False)
+        elif teacher_model is not None:
+            raise ConfigError("A teacher_model needs a distillation_weight above 0 in the arguments.")
+
+    @property
+    def method(self) -> str:
+        """Name of the method in the report."""
+        return "training"
+
+    def pruning_mask(self) -> PruningMask:
+        """What would be left if training ended now."""
+        mask = current_mask(self.model)
+        return mask if mask is not None else PruningMask({}, prunable_units(self.model))
+
+    def pruned_model(self) -> PreTrainedModel:
+        """A shrunk copy of the model."""
+        return self._pruned()[0]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation before training marks the model as prepared: Accelerate would not wrap it in DDP any more, and
+        # each process would train a model of its own.
+        if self.model is not None:  # as between the trials of a search
+            self.model.__dict__.pop("_is_accelerate_prepared", None)
+        return super().train(*args, **kwargs)
+
+    # The loss
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        weight = self.args.distillation_weight
+        if not weight or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)  # label smoothing takes the labels out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            taught = self.teacher_model(**given)
+        names = [name for name in outputs if name.endswith("logits")]
+        if not names:
+            raise ConfigError(f"Distillation needs logits, this model returns {', '.join(outputs)}.")
+        # As the task's loss: over all items of the step where the Trainer counts them, else a mean of this batch.
+        items = num_items_in_batch if self.model_accepts_loss_kwargs or self.compute_loss_func is not None else None
+        if items is not None and self.args.average_tokens_across_devices:
+            items = items / self.accelerator.num_processes
+        distance = torch.zeros((), device=loss.device)
+        for name in names:
+            keep = counted_positions(given, outputs[name], self._loss_shifts_labels)
+            distance += distillation_loss(
+                outputs[name], taught[name], self.args.distillation_temperature, keep, items
+            ) / len(names)
+        loss = (1 - weight) * loss + weight * distance
+        return (loss, outputs) if return_outputs else loss
+
+    # Saving
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._checkpointing = True
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        finally:
+            self._checkpointing = False
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if self._checkpointing:
+            # Given the weights, a prunable model saves as any other does.
+            super()._save(output_dir, state_dict if state_dict is not None else self.model.state_dict())
+        elif self.args.should_save:
+            model, mask, report = self._pruned()
+            processing = self.processing_class
+            if processing is None:  # as the Trainer does
+                processing = getattr(self.data_collator, "tokenizer", None)
+            target = output_dir if output_dir is not None else self.args.output_dir
+            save_pretrained(model, target, processing_class=processing, mask=mask, report=report)
+
+    def _pruned(self) -> tuple[PreTrainedModel, PruningMask, PruningReport]:
+        # Mixed precision puts a forward of its own on the instance, and a copy of it would call the original model.
+        forward = self.model.__dict__.pop("forward", None)
+        try:
+            model = copy.deepcopy(self.model)
+        finally:
+            if forward is not None:
+                self.model.forward = forward
+        mask = self.pruning_mask()
+        remove_mask(model)
+        table = CostTable(model)
+        given = self.args.to_dict()
+        stock = {field.name for field in fields(Seq2SeqTrainingArguments)}
+        own = [field.name for field in fields(self.args) if field.name not in stock]
+        report = PruningReport(
+            method=self.method,
+            config={"method": self.method, **{name: given[name] for name in (*own, *_HYPERPARAMETERS)}},
+            model_class=type(model).__name__,
+            model_type=table.units.model_type,
+            before=table.of().to_dict(),
+            after=table.of(mask).to_dict(),
+            sequence_lengths=table.lengths,
+            units=unit_rows(table.units, mask),
+            seconds=next((x["train_runtime"] for x in reversed(self.state.log_history) if "train_runtime" in x), 0.0),
+            processes=self.args.world_size,
+            facts=self.facts(),
+        )
+        return shrink(model, mask), mask, report
+
+    def facts(self) -> dict[str, Any]:
+        """What the report says about the run beyond hyperparameters and costs."""
+        return {"steps": self.state.global_step, "metrics": self.metrics}
+
+
+class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]
+    """Evaluates the dense model when training begins, and what is left of it when it ends."""
+
+    def __init__(self, trainer: PruningTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.global_step:
+            with without_mask(self.trainer.model):
+                metrics = self.trainer.evaluate(metric_key_prefix="dense")
+            self.trainer.metrics["before"] = _quality(metrics, "dense_")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.metrics["after"] = _quality(self.trainer.evaluate(), "eval_")
+
+
+_SPEED = ("runtime", "per_second", "preparation_time")
+
+
+def _quality(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """What an evaluation says of the model, not of the machine."""
+    return {k.removeprefix(prefix): v for k, v in metrics.items() if k.startswith(prefix) and not k.endswith(_SPEED)}
+
+
+class Seq2SeqPruningTrainer(PruningTrainer, Seq2SeqTrainer):  # type: ignore[misc]
+    """[`PruningTrainer`] with `predict_with_generate`. Its args are [`Seq2SeqPruningTrainingArguments`]."""

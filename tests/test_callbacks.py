@@ -1,0 +1,232 @@
+"""Callbacks in any Trainer: PASS, masks that are kept, gradual sparsity."""
+
+import sys
+import types
+
+import pytest
+import torch
+import transformers as T
+from tiny import SEQ2SEQ, tiny_batch, tiny_model
+from torch.testing import assert_close
+
+import hf_prune
+from hf_prune.errors import ConfigError, MaskError
+
+
+def train(name, folder, callback, model=None, cls=None, resume=None, **options):
+    seq2seq = name in SEQ2SEQ
+    batch = tiny_batch(name, size=16, padded=True, labels=True)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+    options = {"max_steps": 8, "save_strategy": "no", "logging_steps": 1, **options}
+    args = (T.Seq2SeqTrainingArguments if seq2seq else T.TrainingArguments)(
+        str(folder), per_device_train_batch_size=4, learning_rate=1e-3, use_cpu=True, disable_tqdm=True, **options
+    )
+    model = model if model is not None else tiny_model(name)
+    cls = cls or (T.Seq2SeqTrainer if seq2seq else T.Trainer)
+    trainer = cls(model, args, train_dataset=data, callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def logits(model, name):
+    with torch.no_grad():
+        return model.eval()(**tiny_batch(name, padded=True)).logits
+
+
+class OwnTrainer(T.Trainer):
+    """As those of TRL: another loss, other logs."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss = loss + 0.1 * outputs.logits.float().square().mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("cls", [None, OwnTrainer])
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_pass_in_any_trainer(name, cls, tmp_path):
+    callback = hf_prune.PassCallback(num_heads=2, reopen=True, concentrate=True)
+    trainer = train(name, tmp_path, callback, cls=cls, weight_decay=0.1, gradient_accumulation_steps=2)
+    model = trainer.model
+    mask = hf_prune.current_mask(model)
+    assert mask.kept("heads") == 2
+    entry = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    assert entry["pass_lambda"] > 0 and entry["heads_open"] + entry["heads_closed"] + entry["heads_undecided"] > 0
+    masked = logits(model, name)
+    trainer.save_model()  # the stock one knows no mask: the weights of the closed heads are zero
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_close(logits(loaded, name), masked, atol=2e-5, rtol=1e-5)
+    small = hf_prune.shrink(model)
+    assert_close(logits(small, name), masked, atol=2e-5, rtol=1e-5)
+    hf_prune.save_pretrained(small, tmp_path / "small")
+
+
+def test_the_callback_alone_and_the_trainer_do_the_same_without_clipping(tmp_path):
+    def phi(cls, args_class, callbacks, **options):
+        values = []
+
+        class Spy(T.TrainerCallback):
+            def on_step_end(self, args, state, control, model=None, **kwargs):
+                values.append(hf_prune.trainers.head_gates.HeadGates(model).phi)
+
+        batch = tiny_batch("bert", size=16, labels=True)
+        data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+        args = args_class(
+            str(tmp_path),
+            max_steps=6,
+            max_grad_norm=0.0,
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            **options,
+        )
+        cls(tiny_model("bert"), args, train_dataset=data, callbacks=[*callbacks, Spy()]).train()
+        return values
+
+    alone = phi(T.Trainer, T.TrainingArguments, [hf_prune.PassCallback(num_heads=4)])
+    whole = phi(hf_prune.PassTrainer, hf_prune.PassTrainingArguments, [], num_heads=4)
+    assert all(torch.equal(a, b) for a, b in zip(alone, whole, strict=True))
+
+
+def test_the_callback_resumes(tmp_path):
+    def run(folder, resume=None):
+        callback = hf_prune.PassCallback(num_heads=4)
+        trainer = train("bert", folder, callback, save_strategy="steps", save_steps=3, resume=resume)
+        return trainer.model.state_dict(), hf_prune.current_mask(trainer.model)
+
+    one = run(tmp_path / "a")
+    two = run(tmp_path / "b", str(tmp_path / "a" / "checkpoint-3"))
+    assert one[1] == two[1] and all(torch.equal(value, two[0][key]) for key, value in one[0].items())
+
+
+def test_a_callback_that_can_not_work_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="num_heads is missing"):
+        hf_prune.PassCallback()
+    with pytest.raises(ConfigError, match="num_heads must be from 1 to 12"):
+        train("bert", tmp_path, hf_prune.PassCallback(num_heads=99))
+    with pytest.raises(ConfigError, match="has head gates already"):
+        model = tiny_model("bert")
+        hf_prune.trainers.head_gates.add_head_gates(model)
+        train("bert", tmp_path, hf_prune.PassCallback(num_heads=3), model)
+    args = T.TrainingArguments(str(tmp_path), use_cpu=True, max_steps=1)
+    trainer = T.Trainer(
+        None,
+        args,
+        model_init=lambda: tiny_model("bert"),
+        train_dataset=[{"input_ids": [1, 2], "labels": 0}] * 8,
+        callbacks=[hf_prune.PassCallback(num_heads=3)],
+    )
+    with pytest.raises(ConfigError, match="with model_init use a PassTrainer"):
+        trainer.train()
+    callback, model = hf_prune.PassCallback(num_heads=3), tiny_model("bert")
+    args.fp16 = True
+    with pytest.raises(ConfigError, match="use bf16=True instead"):
+        callback.on_init_end(args, None, None, model=model)
+
+
+def test_the_heat_map_of_gates(tmp_path, monkeypatch):
+    images = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir):
+            self.folder = log_dir
+
+        def add_image(self, tag, image, step):
+            images.append((self.folder, tag, image, step))
+
+        def close(self):
+            images.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+
+    class Watched(hf_prune.PassCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            args.report_to = ["tensorboard"]
+            super().on_log(args, state, control, logs=logs, **kwargs)
+
+    train("bert", tmp_path, Watched(num_heads=4), max_steps=2)
+    assert images.pop() == "closed" and len(images) == 2
+    folder, tag, image, step = images[-1]
+    assert folder == str(tmp_path / "runs" / "head_gates") and tag == "head_gates" and step == 2
+    assert image.shape == (1, 3 * 16, 4 * 16) and image.min() >= 0 and image.max() <= 1
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart"])
+def test_masks_of_units_are_kept(name, tmp_path, random_mask):
+    model = tiny_model(name)
+    mask = random_mask(hf_prune.prunable_units(model))
+    trainer = train(name, tmp_path, hf_prune.KeepMaskCallback(mask), model, weight_decay=0.1)
+    trained = logits(trainer.model, name)
+    hf_prune.apply_mask(model, mask)
+    assert_close(logits(model, name), trained, atol=1e-5, rtol=1e-5)
+    assert_close(logits(hf_prune.shrink(model), name), trained, atol=2e-5, rtol=1e-5)
+
+
+def test_masks_of_weights_are_kept(tmp_path):
+    model = tiny_model("bert")
+    name = "bert.encoder.layer.1.output.dense.weight"
+    before = model.get_parameter(name).detach().clone()
+    keep = torch.rand(before.shape) > 0.5
+    train("bert", tmp_path, hf_prune.KeepMaskCallback({name: keep}), model)
+    after = model.get_parameter(name)
+    assert (after[~keep] == 0).all() and not torch.equal(after[keep], before[keep])
+
+
+def test_masks_that_do_not_fit(tmp_path, random_mask):
+    model = tiny_model("bert")
+    for mask, message in (
+        ({"bert.encoder.layer.9.weight": torch.ones(1, dtype=torch.bool)}, "Unknown parameter"),
+        ({"classifier.weight": torch.ones(3, dtype=torch.bool)}, r"must be a bool tensor of shape \(2, 32\)"),
+        ({"classifier.weight": torch.ones(2, 32)}, "must be a bool tensor"),
+        (random_mask(hf_prune.prunable_units(tiny_model("llama"))), "This mask is for a llama"),
+        (random_mask(hf_prune.prunable_units(model), drop=True), "drops whole layers"),
+    ):
+        with pytest.raises(MaskError, match=message):
+            train("bert", tmp_path, hf_prune.KeepMaskCallback(mask), model)
+
+
+def sparsities(model):
+    layers = [m.weight for m in model.base_model.encoder.modules() if isinstance(m, torch.nn.Linear)]
+    return [(weight == 0).float().mean().item() for weight in layers]
+
+
+def test_sparsity_rises_along_a_cubic_and_stays(tmp_path):
+    callback = hf_prune.GradualSparsityCallback(0.75, begin=0.25, end=0.75, every=2)
+    assert [callback.sparsity_at(t) for t in (0, 0.25, 0.5, 0.75, 1)] == pytest.approx(
+        [0, 0, 0.75 * 7 / 8, 0.75, 0.75]
+    )
+    seen = []
+
+    class Spy(T.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            seen.append(sparsities(model))
+
+    model = tiny_model("bert")
+    embeddings = model.bert.embeddings.word_embeddings.weight.detach().clone()
+    batch = tiny_batch("bert", size=16, labels=True)
+    data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+    args = T.TrainingArguments(str(tmp_path), max_steps=12, use_cpu=True, save_strategy="no", disable_tqdm=True)
+    T.Trainer(model, args, train_dataset=data, callbacks=[callback, Spy()]).train()
+    pruned_at = [0, 0, 0, 4, 4, 6, 6, 8, 9, 9, 9, 9]
+    for step, found in zip(pruned_at, seen, strict=True):
+        assert found == pytest.approx([callback.sparsity_at(step / 12)] * len(found), abs=2e-3)
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight == 0, embeddings == 0)
+
+
+def test_gradual_sparsity_resumes(tmp_path):
+    def run(folder, resume=None):
+        callback = hf_prune.GradualSparsityCallback(0.5, end=1.0, every=1)
+        return train("gpt2", folder, callback, save_strategy="steps", save_steps=3, resume=resume).model.state_dict()
+
+    one = run(tmp_path / "a")
+    two = run(tmp_path / "b", str(tmp_path / "a" / "checkpoint-3"))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    assert (one["transformer.h.0.attn.c_attn.weight"] == 0).float().mean() == 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"sparsity": 0}, {"sparsity": 1.0}, {"sparsity": 0.5, "begin": 0.8}, {"sparsity": 0.5, "every": 0}]
+)
+def test_wrong_schedules(options):
+    with pytest.raises(ConfigError, match="must be"):
+        hf_prune.GradualSparsityCallback(**options)

@@ -1,0 +1,613 @@
+"""Pruning inside Trainer: exactly K heads, masked == shrunk == reloaded, exact resume, two processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as T
+from safetensors.torch import load_file
+from tiny import SEQ2SEQ, tiny_batch, tiny_model
+from torch.testing import assert_close
+
+import hf_prune
+from hf_prune.errors import ConfigError, UnsupportedModelError
+from hf_prune.trainers.head_gates import HeadGates, add_head_gates
+from hf_prune.trainers.pass_ import head_confidence
+
+NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dropout=0.0)
+FAMILIES = {"bert": 12, "llama": 6, "bart": 36, "vit": 12}  # number of heads (KV groups)
+
+
+def examples(name, size=24):
+    batch = tiny_batch(name, size=size, padded=True, labels=True)
+    return [{key: value[i] for key, value in batch.items()} for i in range(size)]
+
+
+def arguments(name, folder, cls=None, **options):
+    if cls is None:
+        cls = hf_prune.Seq2SeqPassTrainingArguments if name in SEQ2SEQ else hf_prune.PassTrainingArguments
+        options = {"num_heads": 3, **options}
+    defaults = dict(
+        max_steps=8,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    return cls(str(folder), **{**defaults, **options})
+
+
+def make_trainer(name, folder, model=None, callbacks=None, **options):
+    cls = hf_prune.Seq2SeqPassTrainer if name in SEQ2SEQ else hf_prune.PassTrainer
+    args = arguments(name, folder, **options)
+    model = model if model is not None else tiny_model(name)
+    return cls(model, args, train_dataset=examples(name), eval_dataset=examples(name, 8), callbacks=callbacks)
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def gate_values(trainer):
+    values = []
+
+    class Spy(T.TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            values.append(HeadGates(model).phi)
+
+    trainer.add_callback(Spy())
+    return values
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"concentrate": True, "train_weights": False}], ids=["pass", "passconc-gates"]
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_masked_is_shrunk_is_reloaded_with_exactly_so_many_heads(name, options, tmp_path):
+    trainer = make_trainer(name, tmp_path, eval_strategy="steps", eval_steps=4, **options)
+    model, batch = trainer.model, tiny_batch(name, padded=True)
+    dense = {key: value.clone() for key, value in model.state_dict().items() if "hf_prune_gate" not in key}
+    early = trainer.pruning_mask()
+    values = gate_values(trainer)
+    trainer.train()
+
+    mask = trainer.pruning_mask()
+    assert early.kept("heads") == mask.kept("heads") == 3 and mask.total("heads") == FAMILIES[name]
+    kept = torch.cat([mask[group.name] for group in hf_prune.prunable_units(model).of_kind("heads")])
+    assert_close(kept, torch.zeros_like(kept).index_fill(0, values[-1].topk(3).indices, True))
+    assert all(not torch.equal(a, b) for a, b in zip(values, values[1:], strict=False))
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, dense[key])}
+    if options:  # only the columns of closed heads were zeroed
+        sites = {g.name for g in hf_prune.prunable_units(model).of_kind("heads")}
+        assert all(any(key.endswith(f"{site}.weight") for site in sites) for key in changed)
+    else:
+        assert len(changed) > len(dense) / 2
+    assert all(parameter.requires_grad for key, parameter in model.named_parameters() if "position" not in key)
+
+    trainer.save_model()
+    masked = logits(model, batch)
+    shrunk = trainer.pruned_model()
+    reloaded = type(model).from_pretrained(tmp_path)
+    assert_close(logits(shrunk, batch), masked, atol=2e-5, rtol=1e-5)
+    assert_close(logits(reloaded, batch), logits(shrunk, batch), atol=0, rtol=0)
+    assert not any("hf_prune" in key for key in load_file(tmp_path / "model.safetensors"))
+    assert hf_prune.PruningMask.load(tmp_path) == mask
+
+    report = hf_prune.PruningReport.load(tmp_path)
+    assert report.method == ("passconc" if options else "pass") and report.config["num_heads"] == 3
+    assert report.after["params"] == sum(p.numel() for p in reloaded.parameters()) < report.before["params"]
+    assert report.facts["steps"] == 8 and report.facts["metrics"].keys() == {"before", "after"}
+    assert report.facts["metrics"]["after"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+    assert report.facts["metrics"]["before"]["loss"] != report.facts["metrics"]["after"]["loss"]
+
+
+@pytest.mark.parametrize("name", ["bert", "bart"])
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_any_number_of_heads(name, share, tmp_path):
+    heads = max(1, round(share * FAMILIES[name]))
+    trainer = make_trainer(name, tmp_path, num_heads=heads, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    assert trainer.pruning_mask().kept("heads") == heads
+    loaded = type(trainer.model).from_pretrained(tmp_path)
+    assert sum(group.size for group in hf_prune.prunable_units(loaded).of_kind("heads")) == heads
+    batch = tiny_batch(name)
+    assert_close(logits(loaded, batch), logits(trainer.model, batch), atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, least", [("gpt2", 3), ("whisper", 9)])
+def test_families_whose_attention_can_not_be_empty_keep_one_head_a_module(name, least, tmp_path):
+    with pytest.raises(ConfigError, match=f"num_heads must be from {least}, one in each"):
+        make_trainer(name, tmp_path, num_heads=least - 1)
+    trainer = make_trainer(name, tmp_path, num_heads=least, max_steps=2)
+    trainer.train()
+    assert trainer.pruning_mask().kept("heads") == least
+    trainer.pruned_model()
+
+
+def test_a_long_enough_run_is_saturated(tmp_path):
+    model = tiny_model("bert")
+    trainer = make_trainer("bert", tmp_path, model, max_steps=120, logging_steps=10, lambda_steps=10)
+    values = gate_values(trainer)
+    trainer.train()
+    assert trainer.callback.saturated
+    phi = values[-1]
+    assert (phi >= 5).sum() == 3 and (phi <= -5).sum() == 9
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logs[-1]["heads_open"] == 3 and logs[-1]["heads_closed"] == 9 and logs[-1]["heads_undecided"] == 0
+    assert logs[-1]["heads_expected"] == pytest.approx(3, abs=0.3)
+    ramp = [entry["pass_lambda"] for entry in logs]
+    assert ramp == sorted(ramp) and ramp[-1] == ramp[-2] > ramp[0]  # frozen once the constraint is met
+    assert all(entry["loss"] < 3 for entry in logs)  # of the task, without the penalty
+
+
+def test_a_short_run_warns(tmp_path, caplog):
+    T.logging.set_verbosity_warning()
+    T.logging.enable_propagation()
+    trainer = make_trainer("bert", tmp_path)
+    trainer.train()
+    T.logging.disable_propagation()
+    assert "0 gates open, 0 closed and 12 undecided" in caplog.text and not trainer.callback.saturated
+
+
+def test_schedule(tmp_path):
+    for steps, lambda_steps, expected in ((600, None, 60), (9999, None, 999), (20000, None, 1000), (200, 30, 30)):
+        trainer = make_trainer("bert", tmp_path, lambda_steps=lambda_steps)
+        trainer.state.max_steps = steps
+        trainer.callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        assert trainer.callback.steps == expected
+        assert trainer.callback.reopen is (steps >= 10_000)
+        first = 2 if trainer.callback.reopen else 1
+        assert trainer.callback.events == {expected * i for i in range(first, 5) if expected * i <= steps / 2}
+
+
+def test_reopening_and_concentration_follow_their_rules(tmp_path):
+    trainer = make_trainer("bert", tmp_path, concentrate=True, reopen=True, lambda_steps=10, max_steps=100)
+    callback, state = trainer.callback, trainer.state
+    state.max_steps = 100
+    callback.on_train_begin(trainer.args, state, trainer.control, model=trainer.model)
+    gates = callback.gates
+    closed = torch.arange(12) >= 8
+
+    def step_end(step, phi):
+        state.global_step = step - 1
+        gates.phi = phi
+        callback.moments[:] = 1
+        callback.on_step_begin(trainer.args, state, trainer.control, model=trainer.model)
+        if callback.inputs is not None:
+            trainer.model(**tiny_batch("bert"))
+        state.global_step = step
+        callback.on_step_end(trainer.args, state, trainer.control, model=trainer.model)
+        return gates.phi
+
+    phi = torch.where(closed, -7.0, 6.0).double()
+    assert_close(step_end(19, phi), phi)  # between events φ runs free
+    after = step_end(20, phi)
+    assert after.abs().max() == 5
+    opened = closed & (after == 5)
+    assert opened.any() and (callback.moments[:, opened] == 0).all() and (callback.moments[:, ~opened] == 1).all()
+    assert callback.conc_weight > 0
+    step_end(21, torch.where(torch.arange(12) >= 3, -7.0, 6.0).double())  # enough are closed
+    assert callback.conc_weight == 0
+    callback.conc_weight = 1.0
+    step_end(49, phi)
+    assert callback.conc_weight == 1.0
+    step_end(50, phi)
+    assert callback.conc_weight == 0  # the window is over
+
+
+def test_confidence_is_that_of_the_real_queries():
+    for name in ("bert", "llama", "bart", "vit"):
+        model = tiny_model(name)
+        gates = add_head_gates(model)
+        batch = tiny_batch(name, padded=True, labels=True)
+        confidence = head_confidence(model, gates, [batch])
+        assert confidence.max() == 1 and confidence.min() > 0 and len(confidence) == FAMILIES[name]
+        assert model.config._attn_implementation == "sdpa"
+    model, batch = tiny_model("bert"), tiny_batch("bert", size=1)
+    gates = add_head_gates(model)
+    longer = {key: torch.nn.functional.pad(value, (0, 5)) for key, value in batch.items()}
+    assert_close(head_confidence(model, gates, [longer]), head_confidence(model, gates, [batch]))
+    model.set_attn_implementation("eager")
+    first = model(**batch, output_attentions=True).attentions[0]
+    expected = first.amax(-1).mean((0, 2)).double()
+    found = head_confidence(model, gates, [batch])[:4]
+    assert_close(found / found[0], expected / expected[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "bart"])
+def test_resuming_is_exact(name, tmp_path):
+    options = dict(save_strategy="steps", save_steps=3, concentrate=True, reopen=True, gradient_accumulation_steps=2)
+    whole = make_trainer(name, tmp_path / "a", hf_prune.prunable(tiny_model(name)), **options)
+    one = gate_values(whole)
+    whole.train()
+    again = make_trainer(name, tmp_path / "b", hf_prune.prunable(tiny_model(name)), **options)
+    two = gate_values(again)
+    again.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-3"))
+    assert len(one) == 8 and len(two) == 5
+    for mine, theirs in zip(one[3:], two, strict=True):
+        assert torch.equal(mine, theirs)
+    assert whole.pruning_mask() == again.pruning_mask()
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    assert "pass_lambda" in again.state.log_history[-2]
+
+
+def test_the_best_checkpoint_is_kept_and_saved(tmp_path):
+    best = make_trainer(
+        "bert",
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="constant",  # the first checkpoint stays the best
+        num_heads=6,
+        lambda_steps=100,
+        gate_learning_rate=2.0,
+    )
+    best.compute_metrics = lambda prediction: {"constant": 1.0}
+    values = gate_values(best)
+    best.train()
+    losses = [entry["eval_loss"] for entry in best.state.log_history if "eval_loss" in entry]
+    assert best.state.best_global_step == 2 and losses[-1] == pytest.approx(losses[0])
+    kept = torch.cat([best.pruning_mask()[g.name] for g in hf_prune.prunable_units(best.model).of_kind("heads")])
+    assert kept.nonzero().flatten().tolist() == sorted(values[1].topk(6).indices.tolist())
+    assert values[-1].topk(6).indices.tolist() != values[1].topk(6).indices.tolist()
+
+
+def test_accumulated_steps_are_those_of_large_batches(tmp_path):
+    # The loss of a ViT is a plain mean; one noise for all of the step makes the gradients comparable.
+    values = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, optim="sgd")
+        trainer = make_trainer("vit", tmp_path, max_steps=4, **options)
+        trainer.callback._draw = lambda args, state, callback=trainer.callback: None
+        values.append(gate_values(trainer))
+        trainer.train()
+    for one, two in zip(*values, strict=True):
+        assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
+def test_each_forward_pass_has_noise_of_its_own(tmp_path):
+    trainer = make_trainer("bert", tmp_path, max_steps=3, gradient_accumulation_steps=2)
+    seen = []
+    forward = trainer.training_step
+
+    def spy(*args, **kwargs):
+        seen.append(torch.cat([gate.noise for gate in trainer.callback.gates.gates]))
+        return forward(*args, **kwargs)
+
+    trainer.training_step = spy
+    trainer.train()
+    assert len(seen) == 6 == len({tuple(noise.tolist()) for noise in seen})
+
+
+def one_layer():
+    return tiny_model("bert", num_hidden_layers=1)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
+        {
+            "activation_checkpointing": True,
+            "activation_checkpointing_kwargs": {"use_reentrant": True},
+            "train_weights": False,
+        },
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"max_grad_norm": 0.0, "weight_decay": 0.1, "warmup_steps": 2},
+        {"label_smoothing_factor": 0.1, "optim": "adafactor"},
+    ],
+    ids=["bf16", "checkpointing", "reentrant", "reentrant-gates", "compile", "no-clip", "smoothing"],
+)
+def test_options_of_the_trainer(options, tmp_path):
+    plain = make_trainer("bert", tmp_path, one_layer(), train_weights=options.get("train_weights", True), max_steps=3)
+    expected = gate_values(plain)
+    plain.train()
+    trainer = make_trainer("bert", tmp_path, one_layer(), max_steps=3, **options)
+    values = gate_values(trainer)
+    trainer.train()
+    assert trainer.pruning_mask().kept("heads") == 3
+    exact = options.keys() <= {"activation_checkpointing", "activation_checkpointing_kwargs", "train_weights"}
+    if exact or "torch_compile" in options:
+        for one, two in zip(expected, values, strict=True):
+            assert_close(one, two, atol=1e-4, rtol=1e-4)
+    trainer.save_model()
+    reloaded = type(trainer.model).from_pretrained(tmp_path)
+    assert {p.dtype for p in reloaded.parameters()} == {torch.float32}
+
+
+def test_the_gates_neither_decay_nor_count_in_the_clipping(tmp_path):
+    norms = []
+    for scale in (1.0, 1e6):
+        trainer = make_trainer("bert", tmp_path, max_steps=1, weight_decay=10.0)
+        phi = trainer.model.get_parameter("bert.encoder.layer.0.attention.output.dense.hf_prune_gate.log_alpha")
+        phi.register_hook(lambda gradient, scale=scale: gradient * scale)
+        before = phi.detach().clone()
+        trainer.train()
+        norms.append(trainer.state.log_history[0]["grad_norm"])
+        # Adam's first step is the learning rate, whatever the gradient: no decay on top.
+        assert_close((phi.detach() - before).abs(), torch.full((4,), 0.5), atol=1e-2, rtol=0)
+    assert norms[0] == pytest.approx(norms[1])
+
+
+def test_bf16_models_have_gates_in_float32(tmp_path):
+    trainer = make_trainer("llama", tmp_path, tiny_model("llama").to(torch.bfloat16))
+    assert {gate.log_alpha.dtype for gate in HeadGates(trainer.model).gates} == {torch.float32}
+    trainer.train()
+    trainer.save_model()
+    assert {p.dtype for p in trainer.pruned_model().parameters()} == {torch.bfloat16}
+
+
+def test_any_optimizer_of_the_user_will_do(tmp_path):
+    model = tiny_model("bert")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # it does not know the gates
+    args = arguments("bert", tmp_path)
+    trainer = hf_prune.PassTrainer(model, args, train_dataset=examples("bert"), optimizers=(optimizer, None))
+    values = gate_values(trainer)
+    trainer.train()
+    assert (values[-1] - values[0]).abs().min() > 0.05
+
+
+def test_hyperparameter_search(tmp_path):
+    pytest.importorskip("optuna")
+    args = arguments("bert", tmp_path, max_steps=2, eval_strategy="steps")
+    trainer = hf_prune.PassTrainer(
+        None,
+        args,
+        train_dataset=examples("bert"),
+        eval_dataset=examples("bert", 8),
+        model_init=lambda: tiny_model("bert"),
+    )
+    kept = []
+
+    class Spy(T.TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            kept.append(hf_prune.current_mask(model).kept("heads"))
+
+    trainer.add_callback(Spy())
+    best = trainer.hyperparameter_search(
+        lambda trial: {"num_heads": trial.suggest_int("num_heads", 2, 2 + 2 * trial.number)},
+        n_trials=2,
+        backend="optuna",
+    )
+    assert len(kept) == 2 and kept[0] == 2 and best.hyperparameters["num_heads"] in kept
+
+
+def test_generation_during_evaluation(tmp_path):
+    trainer = make_trainer("bart", tmp_path, predict_with_generate=True, generation_max_length=6, max_steps=2)
+    trainer.compute_metrics = lambda prediction: {"longest": (prediction.predictions != 0).sum(1).max()}
+    trainer.train()
+    assert 1 < trainer.evaluate()["eval_longest"] <= 6
+
+
+def test_arguments_from_the_command_line():
+    parser = T.HfArgumentParser(hf_prune.PassTrainingArguments)
+    (args,) = parser.parse_args_into_dataclasses(
+        ["--output_dir", "x", "--num_heads", "7", "--train_weights", "false", "--distillation_weight", "0.5"]
+    )
+    assert (args.num_heads, args.train_weights, args.distillation_weight) == (7, False, 0.5)
+    assert "How many heads to keep" in parser.format_help()
+    (args,) = T.HfArgumentParser(hf_prune.Seq2SeqPassTrainingArguments).parse_dict(
+        {"output_dir": "x", "num_heads": 2, "predict_with_generate": True}
+    )
+    assert args.predict_with_generate and args.num_heads == 2
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"num_heads": None}, "num_heads is missing"),
+        ({"num_heads": 0}, "num_heads must be a whole number"),
+        ({"num_heads": 2.5}, "num_heads must be a whole number"),
+        ({"num_heads": 13}, "num_heads must be from 1 to 12, all heads, got 13"),
+        ({"gate_learning_rate": 0}, "gate_learning_rate must be a positive number"),
+        ({"lambda_growth": 1.0}, "lambda_growth must be more than 1"),
+        ({"lambda_steps": -1}, "lambda_steps must be a whole number"),
+        ({"learning_rate": 0.0}, "train_weights=False"),
+        ({"distillation_weight": 1.5}, "distillation_weight must be from 0 to 1"),
+        ({"distillation_weight": 0.5, "distillation_temperature": 0}, "distillation_temperature must be"),
+    ],
+)
+def test_wrong_options(options, message, tmp_path):
+    model = tiny_model("bert")
+    with pytest.raises(ConfigError, match=message):
+        make_trainer("bert", tmp_path, model, **options)
+    assert not any("gate" in name for name, _ in model.named_modules())
+
+
+def test_what_can_not_work_is_refused_before_training(tmp_path, monkeypatch):
+    with pytest.raises(UnsupportedModelError, match="no heads that can be pruned"):
+        make_trainer("t5", tmp_path)
+    with pytest.raises(ConfigError, match="args must be PassTrainingArguments"):
+        hf_prune.PassTrainer(tiny_model("bert"), arguments("bert", tmp_path, hf_prune.PruningTrainingArguments))
+    with pytest.raises(ConfigError, match="args must be PruningTrainingArguments"):
+        hf_prune.PruningTrainer(tiny_model("bert"), arguments("bert", tmp_path, T.TrainingArguments))
+    with pytest.raises(ConfigError, match="distillation_weight above 0"):
+        hf_prune.PruningTrainer(
+            tiny_model("bert"),
+            arguments("bert", tmp_path, hf_prune.PruningTrainingArguments),
+            teacher_model=tiny_model("bert"),
+        )
+
+    model = tiny_model("bert")
+    make_trainer("bert", tmp_path, model)
+    with pytest.raises(ConfigError, match="has head gates already"):
+        make_trainer("bert", tmp_path, model)
+    hf_prune.remove_mask(model)
+    hf_prune.prune(model, hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+    with pytest.raises(ConfigError, match="carries a mask: shrink it first"):
+        make_trainer("bert", tmp_path, model)
+    with pytest.raises(ConfigError, match="carries a mask already"):
+        gated = tiny_model("bert")
+        make_trainer("bert", tmp_path, gated)
+        hf_prune.prune(gated, hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+
+    trainer = make_trainer("bert", tmp_path)
+    trainer.train()
+    with pytest.raises(ConfigError, match="folded when training ends"):
+        trainer.train()
+    args = arguments("bert", tmp_path / "plain", T.TrainingArguments, max_steps=2, save_strategy="steps", save_steps=1)
+    T.Trainer(tiny_model("bert"), args, train_dataset=examples("bert")).train()
+    with pytest.raises(ConfigError, match="was made without PASS"):
+        make_trainer("bert", tmp_path).train(resume_from_checkpoint=str(tmp_path / "plain" / "checkpoint-1"))
+
+    args = arguments("bert", tmp_path)
+    for flag in ("fsdp", "deepspeed"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{flag.upper()}", "true")
+        with pytest.raises(ConfigError, match=f"{flag} splits the model"):
+            hf_prune.trainers.arguments.check_whole_model(args)
+        monkeypatch.delenv(f"ACCELERATE_USE_{flag.upper()}")
+        args.deepspeed = "ds.json"
+
+
+# PruningTrainer by itself
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart", "vit"])
+@pytest.mark.parametrize("dropped", [False, True], ids=["units", "layers"])
+def test_recovery_keeps_the_mask(name, dropped, tmp_path, random_mask):
+    seq2seq = name in SEQ2SEQ
+    cls = hf_prune.Seq2SeqPruningTrainingArguments if seq2seq else hf_prune.PruningTrainingArguments
+    model = hf_prune.prunable(tiny_model(name))
+    mask = random_mask(hf_prune.prunable_units(model), drop=dropped)
+    hf_prune.apply_mask(model, mask)
+    args = arguments(
+        name, tmp_path, cls, eval_strategy="steps", eval_steps=4, distillation_weight=0.5, save_strategy="steps"
+    )
+    trainer = (hf_prune.Seq2SeqPruningTrainer if seq2seq else hf_prune.PruningTrainer)(
+        model, args, train_dataset=examples(name), eval_dataset=examples(name, 8)
+    )
+    dense = logits(tiny_model(name), tiny_batch(name))
+    assert_close(logits(trainer.teacher_model, tiny_batch(name)), dense)
+    trainer.train()
+    assert trainer.pruning_mask() == mask
+    trainer.save_model()
+    loaded = type(model).from_pretrained(tmp_path)
+    batch = tiny_batch(name, padded=True)
+    assert_close(logits(loaded, batch), logits(model, batch), atol=2e-5, rtol=1e-5)
+    quality = hf_prune.PruningReport.load(tmp_path).facts["metrics"]
+    plain = T.Trainer(
+        tiny_model(name), T.TrainingArguments(str(tmp_path), use_cpu=True), eval_dataset=examples(name, 8)
+    )
+    assert quality["before"]["loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+    assert quality["after"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+def test_distillation_brings_the_student_to_its_teacher(tmp_path):
+    def distance(model):
+        return (logits(model, batch).softmax(-1) - logits(teacher, batch).softmax(-1)).abs().mean().item()
+
+    teacher, batch = tiny_model("bert", seed=5), tiny_batch("bert", size=24, padded=True)
+    student = tiny_model("bert")
+    before = distance(student)
+    args = arguments(
+        "bert", tmp_path, hf_prune.PruningTrainingArguments, distillation_weight=1.0, max_steps=60, learning_rate=1e-3
+    )
+    trainer = hf_prune.PruningTrainer(student, args, train_dataset=examples("bert"), teacher_model=teacher)
+    trainer.train()
+    assert distance(student) < 0.7 * before
+    assert all(
+        torch.equal(a, b) for a, b in zip(teacher.parameters(), tiny_model("bert", seed=5).parameters(), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+def test_distillation_accumulates_as_large_batches_do(name, tmp_path):
+    states = []
+    for size, accumulate in ((4, 1), (1, 4)):
+        args = arguments(
+            name,
+            tmp_path,
+            hf_prune.PruningTrainingArguments,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulate,
+            distillation_weight=1.0,
+            max_steps=2,
+            optim="sgd",
+            max_grad_norm=0.0,
+        )
+        model = tiny_model(name, **NO_DROPOUT)
+        trainer = hf_prune.PruningTrainer(
+            model, args, train_dataset=examples(name), teacher_model=tiny_model(name, seed=3)
+        )
+        trainer.train()
+        states.append({key: value.clone() for key, value in model.state_dict().items()})
+    for key, value in states[0].items():
+        assert_close(value, states[1][key], atol=1e-5, rtol=1e-4)
+
+
+def test_distillation_loss():
+    student, teacher = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    p, q = (logits / 2 for logits in (teacher, student))
+    expected = 4 * (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    loss = hf_prune.trainers.distillation_loss
+    assert_close(loss(student, teacher, 2.0), expected.mean())
+    keep = torch.tensor([[True, False, True], [False, False, True]])
+    assert_close(loss(student, teacher, 2.0, keep), expected[keep].mean())
+    assert_close(loss(student, teacher, 2.0, keep, 6), expected[keep].sum() / 6)
+    assert loss(teacher, teacher).abs() < 1e-6
+    assert_close(loss(torch.tensor([[1.0]]), torch.tensor([[3.0]])), torch.tensor(4.0))
+    with pytest.raises(ConfigError, match="must predict the same classes"):
+        loss(student, teacher[..., :4])
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+
+import torch
+from test_trainers import NO_DROPOUT, gate_values, make_trainer
+from tiny import tiny_model
+
+out = Path(sys.argv[1])
+for name in ("bert", "llama"):
+    for accumulate in (1, 2) if name == "bert" else (2,):
+        options = dict(eval_strategy="steps", eval_steps=4) if accumulate == 1 else dict(concentrate=True, reopen=True)
+        trainer = make_trainer(
+            name, out / "run", tiny_model(name, **NO_DROPOUT), per_device_train_batch_size=4 // int(sys.argv[2]),
+            gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential", optim="sgd",
+            average_tokens_across_devices=name != "bert",  # Trainer would double the loss of a BERT, a mean already
+            **options,
+        )
+        values = gate_values(trainer)
+        if name == "bert":
+            trainer.evaluate()
+        trainer.train()
+        world, rank = trainer.args.world_size, trainer.args.process_index
+        assert world == int(sys.argv[2])
+        mask = trainer.pruning_mask().to_dict()
+        torch.save((values, mask, trainer.model.state_dict()), out / f"{name}-{accumulate}-{world}-{rank}")
+        trainer.save_model()
+"""
+
+
+def test_two_processes_train_the_same_gates_as_one(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    here = Path(__file__).parent
+    env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
+    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for command, processes in (([sys.executable], "1"), (two, "2")):
+        done = subprocess.run(
+            [*command, script, tmp_path, processes], env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    for run in ("bert-1", "bert-2", "llama-2"):
+        one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
+        assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+        assert one[1] == first[1] == second[1]
+        for mine, theirs in zip(one[0], first[0], strict=True):
+            assert_close(mine, theirs, atol=1e-3, rtol=0)
+        assert all(torch.equal(value, second[2][key]) for key, value in first[2].items())
