@@ -7,6 +7,7 @@ and sums what the processes saw, so that the result depends neither on the batch
 import copy
 import hashlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -220,17 +221,33 @@ class Calibrator:
                 f"To hold out every {every}th example takes at least {every} of them, the calibration data have "
                 f"{self.samples}."
             )
-        parts = copy.copy(self), copy.copy(self)
-        for part in parts:
-            part._batches, part._numbers = [], []
-        parts[0].samples, parts[1].samples = self.samples - self.samples // every, self.samples // every
+        fit = self._rebatched(lambda numbers, _: [[n for n in numbers if n % every != every - 1]])
+        held_out = self._rebatched(lambda numbers, _: [[n for n in numbers if n % every == every - 1]])
+        fit.samples, held_out.samples = self.samples - self.samples // every, self.samples // every
+        return fit, held_out
+
+    def in_parts(self, tokens: int) -> "Calibrator":
+        """The same data in smaller batches: of at most so many tokens, padding included, or of one example."""
+        longest = math.ceil(max(length or 0 for length in self.lengths))
+
+        def parts(numbers: list[int], batch: Batch) -> list[list[int]]:
+            ids = batch.get("input_ids")
+            size = max(tokens // (ids.shape[1] if ids is not None else longest), 1)
+            return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+        return self._rebatched(parts)
+
+    def _rebatched(self, divide: Callable[[list[int], Batch], list[list[int]]]) -> "Calibrator":
+        """A copy in which each batch, with the numbers of its examples, is divided as a function says."""
+        other = copy.copy(self)
+        other._batches, other._numbers = [], []
         for batch, numbers in zip(self._batches, self._numbers, strict=True):
-            for held, part in enumerate(parts):
-                rows = [row for row, number in enumerate(numbers) if (number % every == every - 1) == held]
-                if rows:
-                    part._batches.append({name: value[rows] for name, value in batch.items()})
-                    part._numbers.append([numbers[row] for row in rows])
-        return parts
+            rows_of = {number: row for row, number in enumerate(numbers)}
+            for part in filter(None, divide(numbers, batch)):
+                rows = [rows_of[number] for number in part]
+                other._batches.append({name: value[rows] for name, value in batch.items()})
+                other._numbers.append(part)
+        return other
 
     def forward(self, batch: Batch, model: PreTrainedModel | None = None) -> Any:
         """One forward pass without a KV cache, of the calibrator's model or of another one of its class."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
@@ -286,35 +287,41 @@ class LayerCalls:
     gaps: set[int] = field(default_factory=set)
 
 
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+
 @contextmanager
 def record_calls(root: nn.Module, stacks: Iterable[str]) -> Iterator[dict[str, LayerCalls]]:
-    """Within the context, record how each layer is called in one forward pass.
+    """Within the context, record how each layer is called in one forward pass, without its autograd graph.
 
     Args:
         root (`nn.Module`): The base model.
         stacks (iterable of `str`): The stacks to record.
     """
     calls: dict[str, LayerCalls] = {}
+    last: dict[str, torch.Tensor] = {}
     handles = []
 
     def before(stack: str) -> Callable[..., None]:
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             named = dict(kwargs)
             hidden, others = (args[0], args[1:]) if args else (named.pop("hidden_states"), ())
-            call = calls.setdefault(stack, LayerCalls(hidden, hidden))
-            if hidden is not call.end:
+            call = calls.setdefault(stack, LayerCalls(hidden.detach(), hidden.detach()))
+            if call.arguments and hidden is not last[stack]:
                 call.gaps.add(len(call.arguments))
-            call.arguments.append((others, named))
+            call.arguments.append(tree_map(_detached, (others, named)))
 
         return note
 
     def after(stack: str) -> Callable[..., None]:
-        def call(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             alone = not isinstance(output, tuple)
-            calls[stack].end = output if alone else output[0]
-            calls[stack].rest.append(None if alone else output[1:])
+            last[stack] = output if alone else output[0]
+            calls[stack].end = last[stack].detach()
+            calls[stack].rest.append(None if alone else tree_map(_detached, output[1:]))
 
-        return call
+        return note
 
     try:
         for stack in stacks:

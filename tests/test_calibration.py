@@ -213,3 +213,22 @@ def test_nan_activations_name_the_layer():
     with pytest.raises(CalibrationError, match="inputs of encoder.layer.1.output.dense are NaN or infinite"):
         hf_prune.prune(model, KCMConfig(budget={"macs": 0.8}), [tiny_batch("bert", size=16)])
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["bert", "whisper", "vit"])
+def test_parts_hold_the_same_examples_in_order(name):
+    model = tiny_model(name)
+    batches = [tiny_batch(name, size=size, padded=True, seed=size) for size in (5, 1, 8)]
+    whole = Calibrator(model, batches)
+    for start in (whole, whole.split(3)[0]):
+        for tokens in (1, 20, 10**6):
+            parts = start.in_parts(tokens)
+            assert len(parts) == len(start)
+            for key in batches[0]:
+                rows = [torch.cat([batch[key] for _, batch in one.batches("")]) for one in (start, parts)]
+                assert torch.equal(*rows)
+            numbers = [[n for i, _ in one.batches("") for n in one.examples(i)] for one in (start, parts)]
+            assert numbers[0] == numbers[1]
+            sizes = [len(next(iter(batch.values()))) for _, batch in parts.batches("")]
+            assert max(sizes) == 1 if tokens == 1 else True
+            assert tokens < 10**6 or sizes == [len(next(iter(b.values()))) for _, b in start.batches("")]

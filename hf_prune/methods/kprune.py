@@ -7,7 +7,7 @@ left of the budget. The part of the model below the sub-layer is not run again.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,12 +20,14 @@ from ..batches import Batch
 from ..calibration import Calibrator, mask_gradients, select_real
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
-from ..gates import current_mask, detach_gate, resume_at, without_mask
+from ..gates import LayerCalls, current_mask, detach_gate, record_calls, resume_at, without_mask
 from ..masks import PruningMask
 from ..reconstruction import Solution, walks
 from ..surgery import cut_layer
 from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, site
 from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
+
+_TOKENS = 512  # that a backward pass holds the activations of
 
 
 @dataclass(kw_only=True)
@@ -82,13 +84,18 @@ class KPrunePruner(Pruner[KPruneConfig]):
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None
         selector, recover = self.selector(model, units, calibrator), self.recovery(model, units)
+        if self.config.kpred == "fisher":  # of single examples: the batches need not be as large as those of inference
+            calibrator = calibrator.in_parts(_TOKENS)
         names = [g.name for g in units.values() if g in selector.groups]
         dropped = current_mask(model)
-        with without_mask(model):  # all layers are the teacher's
-            student = _Student(calibrator, self.config)
+        student = _Student(calibrator, self.config)
+        if dropped is not None:
+            with without_mask(model):  # all layers are the teacher's
+                student.calls = calibrator.collect({}, "record layers", record=True)
         decided: dict[str, torch.Tensor] = {}
         solutions: dict[str, Solution] = {}
         with calibrator.evaluating():
+            scores = student.scores([units[name] for name in names])
             for walk in walks(calibrator, units, student.calls):
                 for index, layer in enumerate(walk.layers):
                     groups = [g for g in units.of_layer(walk.stack, index) if g.name in names]
@@ -99,10 +106,12 @@ class KPrunePruner(Pruner[KPruneConfig]):
                     try:
                         walk.layers[index] = small
                         for group in groups:
-                            open_groups = [units[name] for name in names if name not in decided]
-                            keep = selector.select(student.scores(open_groups), decided)[group.name]
+                            if not scores:
+                                scores = student.scores([units[name] for name in names if name not in decided])
+                            keep = selector.select(scores, decided)[group.name]
                             decided[group.name] = keep
                             if not keep.all():
+                                scores = {}  # of another student
                                 cut_layer(small, [group], PruningMask({group.name: keep}, units))
                                 if recover != "none":
                                     solutions[group.name] = walk.refit(small, group, keep, recover, self.config.ridge)
@@ -122,21 +131,21 @@ class _Student:
     """The model as far as it is pruned: whatever lies below the next sub-layer is known, and not run again.
 
     Attributes:
-        calls (`list[dict[str, LayerCalls]]`): How the layers of the dense model were called, and what they returned.
+        calls (`list[dict[str, LayerCalls]]`): How the layers of the dense model were called, and what they returned:
+            recorded by the first pass, if not given.
     """
 
     def __init__(self, calibrator: Calibrator, config: KPruneConfig) -> None:
         self.calibrator, self.config = calibrator, config
         self.model, self.units = calibrator.model, calibrator.units
         self.base = base_model(self.model)
-        self.calls = calibrator.collect({}, "record layers", record=True)
-        self._starts: list[dict[str, tuple[int, torch.Tensor]]] = [{} for _ in self.calls]
-        self._ends = [{stack: (len(c.rest), c.end) for stack, c in call.items()} for call in self.calls]
+        self.calls: list[dict[str, LayerCalls]] = []
+        self._starts: dict[int, dict[str, tuple[int, torch.Tensor]]] = {}
 
     def reaches(self, stack: str, index: int, hidden: Sequence[torch.Tensor]) -> None:
         """From now on passes start at this layer of a stack, with these hidden states."""
-        for start, states in zip(self._starts, hidden, strict=True):
-            start[stack] = (index, states)
+        for batch, states in enumerate(hidden):
+            self._starts.setdefault(batch, {})[stack] = (index, states)
 
     def scores(self, groups: Sequence[UnitGroup]) -> dict[str, torch.Tensor]:
         """K_pred + λ·K_rep of the units of some groups, for heads times μ (Eq. 4, 5, 10 and 11)."""
@@ -166,24 +175,33 @@ class _Student:
         # The mean over the dimensions of a head; a KV group has the knowledge, as the cost, of all its query heads.
         return self.config.mu * columns.reshape(group.size, -1, size).mean(2).sum(1)
 
-    def _predictions(
-        self, index: int, batch: Batch, starts: Mapping[str, tuple[int, torch.Tensor]]
-    ) -> list[Predictions]:
+    def _predictions(self, batch: Batch) -> list[Predictions]:
         real = self.calibrator.real_tokens(batch, list(self.units.stacks)[-1])
-        with resume_at(self.base, self.calls[index], starts):
-            return predictions(self.model, self.calibrator.forward(batch), real)
+        return predictions(self.model, self.calibrator.forward(batch), real)
+
+    def _student(self, index: int, batch: Batch) -> list[Predictions]:
+        if index == len(self.calls):
+            with record_calls(self.base, self.units.stacks) as recorded:
+                found = self._predictions(batch)
+            self.calls.append(recorded)
+            return found
+        with resume_at(self.base, self.calls[index], self._starts.get(index, {})):
+            return self._predictions(batch)
+
+    def _teacher(self, index: int, batch: Batch) -> list[Predictions]:
+        calls = self.calls[index]
+        ends = {stack: (len(call.rest), call.end) for stack, call in calls.items()}
+        with torch.no_grad(), resume_at(self.base, calls, ends):
+            return self._predictions(batch)
 
     def _divergence(self, index: int, batch: Batch) -> list[torch.Tensor]:
         """The mean divergence from the dense model."""
-        student = self._predictions(index, batch, self._starts[index])
-        with torch.no_grad():
-            teacher = self._predictions(index, batch, self._ends[index])
-        pairs = zip(student, teacher, strict=True)
+        pairs = zip(self._student(index, batch), self._teacher(index, batch), strict=True)
         return [torch.cat([divergence(s, t, self.config.gamma) for s, t in pairs]).mean()]
 
     def _curvature(self, index: int, batch: Batch) -> list[torch.Tensor]:
         """Directions whose squared gradients add up to the curvature of the divergence."""
-        student = self._predictions(index, batch, self._starts[index])
+        student = self._student(index, batch)
         seeds = [(self.config.seed << 32) + example for example in self.calibrator.examples(index)]
         return [v.sum() for p in student for v in curvature(p, self.config.gamma, seeds)]
 
