@@ -523,7 +523,7 @@ def mask_gradients(inputs: torch.Tensor, gradients: torch.Tensor, batch: Batch) 
     """Gradients by a mask of ones on the columns of a site's input, for each example: float64, (examples, columns)."""
     samples = len(next(iter(batch.values())))
     products = (inputs.float() * gradients.float()).reshape(samples, -1, inputs.shape[-1])
-    return products.sum(1, dtype=torch.float64)
+    return products.sum(1).double()
 
 
 def _pair(comparison: Comparison, real: torch.Tensor | None, name: str) -> tuple[Observer, Observer]:
@@ -539,7 +539,7 @@ def _pair(comparison: Comparison, real: torch.Tensor | None, name: str) -> tuple
 def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> torch.Tensor:
     """The rows of real tokens: (batch, tokens, columns) or (batch * tokens, columns) -> (real tokens, columns)."""
     rows = inputs.reshape(-1, inputs.shape[-1])
-    if real is None:
+    if real is None or (real.numel() == len(rows) and real.all()):
         return rows
     if real.numel() != len(rows):
         raise CalibrationError(

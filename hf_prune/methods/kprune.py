@@ -222,7 +222,7 @@ class _Knowledge:
     def update(self, inputs: torch.Tensor, gradients: torch.Tensor, examples: int) -> None:
         """Take the inputs of some real tokens, (tokens, columns), and gradients by a mask of ones, (n, columns)."""
         self.prediction += gradients.square().sum(0) / 2
-        self.energy += inputs.float().square().sum(0, dtype=torch.float64)
+        self.energy += inputs.float().square().sum(0)
         self.examples += examples
         self.tokens += len(inputs)
 
