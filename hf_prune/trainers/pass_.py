@@ -17,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..architectures import AttentionSpec
-from ..benchmark import example_inputs
+from ..timing import example_inputs
 from ..calibration import process_state
 from ..errors import ConfigError, UnsupportedModelError
 from ..gates import apply_mask, current_mask, record_inputs, remove_mask
