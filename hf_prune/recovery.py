@@ -20,7 +20,7 @@ from .errors import ConfigError, MaskError
 from .gates import current_mask
 from .masks import PruningMask
 from .offload import refuse_offloaded
-from .surgery import check_shrinkable, shrink
+from .surgery import shrink
 from .trainers.arguments import check_whole_model
 from .units import base_model, prunable_units, refuse_unprunable
 from .weight_masks import WeightMask
@@ -51,12 +51,14 @@ class SparseLoraLinear(lora.Linear):  # type: ignore[misc]  # PEFT is not type-c
         return delta.masked_fill(self.pruned, 0)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result: torch.Tensor
         if self.disable_adapters or self.merged:
-            result: torch.Tensor = super().forward(x, *args, **kwargs)
-            return result
-        base, (adapter,) = self.base_layer, self.active_adapters
-        weight = (base.weight + self.get_delta_weight(adapter)).to(base.weight.dtype)
-        return functional_call(base, {"weight": weight}, (x,))
+            result = super().forward(x, *args, **kwargs)
+        else:
+            base, (adapter,) = self.base_layer, self.active_adapters
+            weight = (base.weight + self.get_delta_weight(adapter)).to(base.weight.dtype)
+            result = functional_call(base, {"weight": weight}, (x,))
+        return result
 
 
 def recover_with_lora(
@@ -145,14 +147,14 @@ def recover_with_lora(
 
 
 def _shrink_masked(model: PreTrainedModel, mask: PruningMask | None) -> None:
-    """Shrink a model that carries a mask, or is given one that it has not been shrunk to."""
+    """Shrink a model to a mask, or to the one that it carries."""
     if mask is None:
         mask = current_mask(model)
     if mask is not None:
-        units = prunable_units(model)
-        check_shrinkable(units, mask)
-        if not all(mask[name].all() for name in units):
+        try:
             shrink(model, mask)
+        except MaskError as error:
+            raise MaskError(f"{error} For a model that is shrunk already, pass mask=None.") from error
 
 
 def _check_plain(config: LoraConfig) -> None:
@@ -180,8 +182,8 @@ def _complete(config: LoraConfig, model: PreTrainedModel, targets: list[str]) ->
     if config.task_type is None and model.main_input_name == "input_ids":  # PEFT's wrappers pass input_ids on
         names = (t for t, names in _TASKS.items() if names.get(model.config.model_type) == type(model).__name__)
         config.task_type = next(names, None)
-    if config.modules_to_save is None and model.get_output_embeddings() is None:
-        base = base_model(model)
+    base = base_model(model)
+    if config.modules_to_save is None and model.get_output_embeddings() is None and base is not model:
         heads = [(name, head) for name, head in model.named_children() if head is not base]
         config.modules_to_save = [name for name, head in heads if any(True for _ in head.parameters())] or None
 
@@ -206,7 +208,7 @@ def _mask_adapters(model: PreTrainedModel, mask: WeightMask) -> None:
 
 @contextmanager
 def _restored(model: PreTrainedModel) -> Iterator[None]:
-    """Around PEFT: afterwards parameters train as before, and after an error all modules and values are the old ones."""
+    """Around PEFT: afterwards parameters train as before, and after an error all modules are the old ones."""
     modules = [(module, dict(module._modules)) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     training = model.training
