@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from torch.func import functional_call
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -101,7 +101,8 @@ def recover_with_lora(
         ConfigError: `lora_config` targets what the mask does not prune, or asks for more than plain LoRA together with
             a mask of weights; the model would be sharded; the training diverged.
 
-    After an error the weights are as before; a model that had to be shrunk stays shrunk.
+    After an error the weights are as before (unless `init_lora_weights` changes them from the start, as PiSSA does); a
+    model that had to be shrunk stays shrunk.
 
     Examples:
         ```python
@@ -129,6 +130,7 @@ def recover_with_lora(
         targets = [matrix.module for matrix in matrices if matrix.inputs and matrix.outputs]
     _complete(config, model, targets)
 
+    set_seed(args.seed)  # before the adapters are drawn: Trainer sets it later
     with _restored(model):
         if isinstance(mask, WeightMask):
             config._register_custom_module(dict.fromkeys((nn.Linear, Conv1D), SparseLoraLinear))
@@ -211,12 +213,17 @@ def _restored(model: PreTrainedModel) -> Iterator[None]:
     """Around PEFT: afterwards parameters train as before, and after an error all modules are the old ones."""
     modules = [(module, dict(module._modules)) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    biases = [
+        (p, p.detach().clone()) for name, p in model.named_parameters() if "bias" in name
+    ]  # PEFT can train these
     training = model.training
     try:
         yield
     except BaseException:
         for module, children in modules:
             module._modules.update(children)
+        for parameter, value in biases:
+            parameter.data.copy_(value)
         vars(model).pop("peft_config", None)
         raise
     finally:
