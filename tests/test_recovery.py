@@ -112,8 +112,10 @@ def test_resuming_ends_with_the_same_weights(tmp_path):
     def run(folder, resume=None):
         model, mask = pruned("bert")
         torch.manual_seed(len(str(resume)))  # the seed of the arguments decides
-        args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2)
-        recover_with_lora(model, mask, dataset("bert"), args=args, resume_from_checkpoint=resume)
+        best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
+        args = arguments(folder, max_steps=4, save_strategy="steps", save_steps=2, **best)
+        data = dataset("bert")
+        recover_with_lora(model, mask, data, args=args, eval_dataset=data, resume_from_checkpoint=resume)
         mask.check(model)
         return model.state_dict()
 
