@@ -12,7 +12,6 @@ through embeddings and blocks, without the head, timed just before each pruning;
 import argparse
 import copy
 import gzip
-import math
 import pathlib
 import time
 
@@ -20,17 +19,12 @@ import torch
 import transformers
 
 import hf_prune
+from hf_prune.metrics import perplexity
 
 
 def read(path: str) -> str:
     data = pathlib.Path(path).read_bytes()
     return (gzip.decompress(data) if path.endswith(".gz") else data).decode()
-
-
-def perplexity(model: transformers.PreTrainedModel, windows: torch.Tensor) -> float:
-    with torch.no_grad():
-        losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
-    return math.exp(sum(losses) / len(losses))
 
 
 def config(method: str) -> hf_prune.MethodConfig:
@@ -61,8 +55,12 @@ def main() -> None:
         return torch.tensor(tokenizer(text)["input_ids"][: count * length]).view(count, length)
 
     data = [{"input_ids": row} for row in windows(read(args.train)[200_000:500_000], 16, 512)]
-    valid = windows(read(args.valid)[:60_000], 4, 1024)
-    print(f"dense: perplexity {perplexity(dense, valid):.2f}", flush=True)
+    valid = [read(args.valid)[:60_000]]
+
+    def quality(model: transformers.PreTrainedModel) -> str:
+        return f"{perplexity(model, tokenizer, valid, window=1024, max_tokens=4096):.2f}"
+
+    print(f"dense: perplexity {quality(dense)}", flush=True)
     print("| method | zeros | perplexity | seconds | plain passes |\n|---|---|---|---|---|")
     for method in args.methods:
         started = time.process_time()
@@ -74,7 +72,7 @@ def main() -> None:
         started = time.process_time()
         result = hf_prune.prune(model, config(method), data, batch_size=args.batch_size)
         seconds = time.process_time() - started
-        cells = [method, f"{result.report.sparsity():.2%}", f"{perplexity(model, valid):.2f}", f"{seconds:.1f}"]
+        cells = [method, f"{result.report.sparsity():.2%}", quality(model), f"{seconds:.1f}"]
         print("| " + " | ".join([*cells, f"{seconds / plain:.2f}"]) + " |", flush=True)
 
 

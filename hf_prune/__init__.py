@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     )
     from .pruning import PruningResult as PruningResult, prune as prune
     from .reconstruction import reconstruct as reconstruct
+    from .recovery import recover_with_lora as recover_with_lora
     from .report import PruningReport as PruningReport
     from .surgery import shrink as shrink
     from .trainers import (
@@ -156,6 +157,7 @@ _MODULES = {
     ),
     "pruning": ("PruningResult", "prune"),
     "reconstruction": ("reconstruct",),
+    "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
     "surgery": ("shrink",),
     "trainers": (

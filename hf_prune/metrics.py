@@ -4,16 +4,23 @@
 `evaluate.EvaluationModule` works beside them.
 """
 
-from collections.abc import Callable
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import datasets
 import evaluate
 import numpy as np
+import torch
 from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
-from transformers import EvalPrediction
+from torch.nn import functional as F
+from transformers import EvalPrediction, PreTrainedModel
 
-from .errors import ConfigError
+from .errors import CalibrationError, ConfigError, UnsupportedModelError
+from .offload import execution_device
 
 
 class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
@@ -68,6 +75,118 @@ class Spearman(_Metric):
 
     def _compute(self, predictions: list[float], references: list[float]) -> dict[str, float]:
         return {"spearmanr": float(spearmanr(references, predictions).statistic)}
+
+
+class Perplexity(_Metric):
+    """Perplexity of a causal language model on texts. Key: `"perplexity"`. See [`perplexity`] for the options.
+
+    Examples:
+        ```python
+        >>> Perplexity().compute(predictions=dataset["text"], model=model, tokenizer=tokenizer, window=1024)
+        {'perplexity': 15.79}
+        ```
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=str(self.__doc__),
+            citation="",
+            inputs_description="predictions: list of str, the texts.",
+            features=datasets.Features({"predictions": datasets.Value("string")}),
+        )
+
+    def _compute(
+        self, predictions: list[str], model: PreTrainedModel, tokenizer: Any, **options: Any
+    ) -> dict[str, float]:
+        return {"perplexity": perplexity(model, tokenizer, predictions, **options)}
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: str | os.PathLike[str] | Iterable[str],
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> float:
+    """exp of the mean negative log-likelihood of a text's tokens, each predicted from those before it in a window.
+
+    The texts become one, with empty lines between them. Windows over its tokens begin every `stride` tokens, and a
+    token counts in the first window that holds it. With a smaller stride a token sees at least `window - stride`
+    others; by default windows don't overlap, as in the tables of papers, and their first tokens are not predicted.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model.
+        tokenizer: Its tokenizer. Special tokens are those that it puts around the whole text.
+        texts (`str`, path, or iterable of `str`): A text file (UTF-8), or texts: a list, or a column of a `Dataset`.
+        window (`int`, *optional*, defaults to 1024): Tokens in a window.
+        stride (`int`, *optional*): Tokens between the begins of two windows. Defaults to `window`.
+        max_tokens (`int`, *optional*): Read only the first tokens.
+
+    Raises:
+        ConfigError: An option is out of range, or the model has fewer positions than `window`.
+        CalibrationError: There is no such file, or the text has fewer than two tokens.
+        UnsupportedModelError: The model is no causal language model.
+
+    Examples:
+        ```python
+        >>> perplexity(model, tokenizer, "wiki.valid.txt", window=1024, max_tokens=4096)  # 4 windows
+        15.79
+        ```
+    """
+    stride = window if stride is None else stride
+    for name, value, low, high in (
+        ("window", window, 2, getattr(model.config, "max_position_embeddings", None)),
+        ("stride", stride, 1, window),
+        ("max_tokens", max_tokens, 2, None),
+    ):
+        if value is not None and (type(value) is not int or value < low or (high is not None and value > high)):
+            limits = f"at least {low}" if high is None else f"from {low} to {high}"
+            raise ConfigError(f"{name} must be a whole number {limits}, got {value!r}.")
+    if model.config.is_encoder_decoder or getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
+        raise UnsupportedModelError(
+            f"Perplexity is about causal language models, {type(model).__name__} is none: measure its loss, or the "
+            "accuracy of its task."
+        )
+    ids = torch.tensor(tokenizer(_joined(texts), verbose=False)["input_ids"][:max_tokens])
+    if len(ids) < 2:
+        raise CalibrationError(f"The perplexity of {len(ids)} tokens is undefined: give a text of at least 2 tokens.")
+    training, total = model.training, 0.0
+    model.eval()
+    try:
+        for part, new in _windows(ids.to(execution_device(model)), window, stride):
+            with torch.no_grad():
+                logits = model(input_ids=part[None], use_cache=False).logits[0, -new - 1 : -1]
+            total += F.cross_entropy(logits.float(), part[-new:].to(logits.device), reduction="sum").item()
+    finally:
+        model.train(training)
+    counted = sum(new for _, new in _windows(ids, window, stride))
+    return math.exp(total / counted)
+
+
+def _windows(ids: torch.Tensor, window: int, stride: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Windows over tokens, and how many at the end of each are predicted there for the first time."""
+    end = 0
+    for begin in range(0, len(ids), stride):
+        part = ids[begin : begin + window]
+        new = min(begin + len(part) - end, len(part) - 1)
+        if new:
+            yield part, new
+        end = begin + len(part)
+        if end == len(ids):
+            return
+
+
+def _joined(texts: str | os.PathLike[str] | Iterable[str]) -> str:
+    if not isinstance(texts, str | os.PathLike):
+        return "\n\n".join(texts)
+    try:
+        return Path(texts).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{str(texts):.200} is no text file ({error}): give a path, or a list of texts."
+        ) from error
 
 
 def compute_metrics_for(*metrics: evaluate.EvaluationModule) -> Callable[[EvalPrediction], dict[str, float]]:

@@ -1,12 +1,16 @@
+import math
 import socket
 
+import datasets
 import evaluate
 import numpy as np
 import pytest
+import torch
+from tiny import tiny_model
 from transformers import EvalPrediction
 
-from hf_prune.errors import ConfigError
-from hf_prune.metrics import F1, Accuracy, Matthews, Spearman, compute_metrics_for
+from hf_prune.errors import CalibrationError, ConfigError, UnsupportedModelError
+from hf_prune.metrics import F1, Accuracy, Matthews, Perplexity, Spearman, compute_metrics_for, perplexity
 
 
 @pytest.fixture(autouse=True)
@@ -85,3 +89,85 @@ class TestComputeMetrics:
     def test_no_metric_is_refused(self):
         with pytest.raises(ConfigError, match="at least one metric"):
             compute_metrics_for()
+
+
+class Letters:
+    """A tokenizer: one token a character."""
+
+    def __call__(self, text, **options):
+        return {"input_ids": [ord(letter) % 90 + 3 for letter in text]}
+
+
+TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind it at all. " * 2
+
+
+class TestPerplexity:
+    def ids(self, text=TEXT):
+        return torch.tensor(Letters()(text)["input_ids"])
+
+    @pytest.mark.parametrize("window, stride", [(16, 16), (16, 5), (16, 1), (17, 4), (64, 64), (2, 2), (2, 1)])
+    def test_a_loop_over_tokens_finds_the_same(self, window, stride):
+        model, ids = tiny_model("llama"), self.ids()
+        losses = []
+        for token in range(1, len(ids)):
+            begin = max(0, -(-(token + 1 - window) // stride)) * stride  # of the first window with this token
+            if token > begin:
+                with torch.no_grad():
+                    logits = model(ids[None, begin:token]).logits[0, -1]
+                losses.append(-logits.log_softmax(-1)[ids[token]].item())
+        expected = math.exp(sum(losses) / len(losses))
+        assert len(losses) == len(ids) - (1 if stride < window else -(-len(ids) // window))
+        assert perplexity(model, Letters(), [TEXT], window=window, stride=stride) == pytest.approx(expected, rel=1e-5)
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2"])
+    def test_windows_that_do_not_overlap_are_averaged(self, name):
+        model, windows = tiny_model(name), self.ids()[:128].view(4, 32)
+        with torch.no_grad():
+            losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
+        found = perplexity(model.train(), Letters(), [TEXT], window=32, max_tokens=128)
+        assert found == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5) and model.training
+
+    def test_texts_of_any_kind(self, tmp_path):
+        model, texts = tiny_model("llama"), [TEXT[:70], TEXT[70:]]
+        (tmp_path / "text.txt").write_text("\n\n".join(texts))
+        column = datasets.Dataset.from_dict({"text": texts})["text"]
+        sources = [str(tmp_path / "text.txt"), tmp_path / "text.txt", texts, column, (text for text in texts)]
+        results = {perplexity(model, Letters(), source, window=32) for source in sources}
+        metric = Perplexity()
+        metric.add_batch(predictions=texts[:1])
+        metric.add_batch(predictions=texts[1:])
+        results |= set(metric.compute(model=model, tokenizer=Letters(), window=32).values())
+        assert len(results) == 1
+
+    def test_bfloat16(self):
+        model = tiny_model("llama")
+        exact = perplexity(model, Letters(), [TEXT], window=64)
+        assert perplexity(model.bfloat16(), Letters(), [TEXT], window=64) == pytest.approx(exact, rel=0.1)
+
+    @pytest.mark.parametrize(
+        "options, message",
+        [
+            ({"window": 65}, "window must be a whole number from 2 to 64, got 65"),
+            ({"window": 1}, "window must be"),
+            ({"window": 8, "stride": 9}, "stride must be a whole number from 1 to 8"),
+            ({"window": 8, "stride": 0}, "stride must be"),
+            ({"window": 8, "max_tokens": 1}, "max_tokens must be a whole number at least 2"),
+        ],
+    )
+    def test_options_out_of_range(self, options, message):
+        with pytest.raises(ConfigError, match=message):
+            perplexity(tiny_model("llama"), Letters(), [TEXT], **options)
+
+    def test_texts_and_models_without_one(self, tmp_path):
+        model = tiny_model("llama")
+        for texts, message in (
+            (tmp_path / "missing.txt", "is no text file"),
+            (TEXT * 20, "is no text file"),
+            ([], "0 tokens"),
+            (["x"], "1 tokens"),
+        ):
+            with pytest.raises(CalibrationError, match=message):
+                perplexity(model, Letters(), texts, window=8)
+        for name in ("bert", "t5"):
+            with pytest.raises(UnsupportedModelError, match="causal language models"):
+                perplexity(tiny_model(name), Letters(), [TEXT], window=8)

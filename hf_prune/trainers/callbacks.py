@@ -26,8 +26,8 @@ class KeepMaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     """Keeps pruned weights at zero in any `Trainer`: they are zeroed when training begins and after each step.
 
     Args:
-        mask ([`PruningMask`] or `dict[str, torch.Tensor]`): What stays. The output weights of pruned heads and neurons
-            are zeroed; or, for names of parameters bool tensors of their shapes, what is `False`.
+        mask ([`PruningMask`], [`WeightMask`] or `dict[str, torch.Tensor]`): What stays. The output weights of pruned
+            heads and neurons are zeroed; or, for names of parameters bool tensors of their shapes, what is `False`.
 
     Raises:
         MaskError: When training begins: the mask is for another model, drops whole layers, or a tensor is not bool or
@@ -35,8 +35,8 @@ class KeepMaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
 
     Examples:
         ```python
-        >>> sparse = {name: p != 0 for name, p in model.named_parameters() if p.dim() == 2}
-        >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[KeepMaskCallback(sparse)])
+        >>> result = hf_prune.prune(model, hf_prune.WandaConfig(sparsity=0.5), texts, processing_class=tokenizer)
+        >>> trainer = Trainer(model, args, train_dataset=dataset, callbacks=[KeepMaskCallback(result.mask)])
         ```
     """
 
@@ -67,7 +67,7 @@ class KeepMaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
             zero_units(model, self.mask)
         else:
             for name, keep in self.mask.items():
-                model.get_parameter(name).detach().mul_(keep)
+                model.get_parameter(name).detach().masked_fill_(~keep, 0)
 
 
 class GradualSparsityCallback(KeepMaskCallback):
