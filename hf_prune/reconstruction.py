@@ -32,9 +32,12 @@ class NormalEquations:
 
     Args:
         inputs, outputs (`int`): Number of features and of targets.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the products of one batch.
     """
 
-    def __init__(self, inputs: int, outputs: int, device: torch.device) -> None:
+    def __init__(self, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.dtype = dtype
+
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -43,7 +46,7 @@ class NormalEquations:
 
     def update(self, features: torch.Tensor, targets: torch.Tensor) -> None:
         """Take some tokens: features (tokens, inputs), targets (tokens, outputs)."""
-        features, targets = features.float(), targets.float()
+        features, targets = features.to(self.dtype), targets.to(self.dtype)
         self.gram += features.T @ features
         self.cross += features.T @ targets
         self.feature_sum += features.sum(0)
@@ -126,6 +129,7 @@ def reconstruct(
     recover: Recovery = "lstsq",
     *,
     ridge: float = 1e-4,
+    dtype: torch.dtype = torch.float32,
     calls: list[dict[str, LayerCalls]] | None = None,
 ) -> None:
     """Refit the output projections of a model to a mask, in place. Weights change only when all are solved.
@@ -140,6 +144,8 @@ def reconstruct(
         recover (`"lstsq"`, `"scale"` or `"bias"`, *optional*, defaults to `"lstsq"`): [`ridge_solve`],
             [`scale_solve`] or [`compensate`].
         ridge (`float`, *optional*, defaults to 1e-4): See [`ridge_solve`].
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the products of one batch; they are summed,
+            and the equations solved, in float64.
         calls (`list`, *optional*): What [`Calibrator.collect`] recorded on this model; saves a pass.
 
     Raises:
@@ -164,7 +170,7 @@ def reconstruct(
                 cut_layer(small, groups, mask)
                 walk.enter(groups)
                 for group in groups:
-                    solutions[group.name] = walk.refit(small, group, mask[group.name], recover, ridge)
+                    solutions[group.name] = walk.refit(small, group, mask[group.name], recover, ridge, dtype)
                 if index < last or not walk.last:
                     walk.leave(small if mask[walk.stack][index] else None)
         for name, solution in solutions.items():
@@ -319,7 +325,13 @@ class Walk:
                 self._targets[group.name].append(target)
 
     def refit(
-        self, small: nn.Module, group: UnitGroup, keep: torch.Tensor, recover: Recovery, ridge: float = 1e-4
+        self,
+        small: nn.Module,
+        group: UnitGroup,
+        keep: torch.Tensor,
+        recover: Recovery,
+        ridge: float = 1e-4,
+        dtype: torch.dtype = torch.float32,
     ) -> Solution:
         """Refit one site of the student to the teacher, given all below it.
 
@@ -327,10 +339,10 @@ class Walk:
             small (`nn.Module`): The student's layer, cut at this site and below. Its projection is updated.
             group ([`UnitGroup`]): The site.
             keep (`torch.Tensor`): bool of shape (units,), how it was cut.
-            recover, ridge: See [`reconstruct`]. `"bias"` keeps the mean output, given all below.
+            recover, ridge, dtype: See [`reconstruct`]. `"bias"` keeps the mean output, given all below.
         """
         module = projection(small, _inside(group))
-        equations = self._accumulate(small, module, group)
+        equations = self._accumulate(small, module, group, dtype)
         old, bias = output_matrix(module).detach().double(), None
         if recover == "lstsq":
             weight, bias = ridge_solve(equations, old, module.bias, ridge)
@@ -384,9 +396,11 @@ class Walk:
         end: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return end
 
-    def _accumulate(self, small: nn.Module, module: Projection, group: UnitGroup) -> NormalEquations:
+    def _accumulate(
+        self, small: nn.Module, module: Projection, group: UnitGroup, dtype: torch.dtype
+    ) -> NormalEquations:
         """One pass of the student's layer over the data: the normal equations of one site."""
-        equations = NormalEquations(*features(module), module.weight.device)
+        equations = NormalEquations(*features(module), module.weight.device, dtype)
         residual = _residual(small, group)
         for position, batch in self.calibrator.batches(f"reconstruct {group.name}"):
             real = self.calibrator.real_tokens(batch, self.stack)

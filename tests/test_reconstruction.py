@@ -181,3 +181,23 @@ def test_resuming_at_a_layer_is_the_forward_pass(name):
                 with resume_at(base, calls, {stack: start}):
                     assert torch.allclose(model(**batch).logits, dense, atol=1e-5)
         assert "forward" not in vars(base.get_submodule(stacks[0])[0])
+
+
+def test_float64_products_are_those_of_the_features():
+    generator = torch.Generator().manual_seed(0)
+    features = 1 + 1e-4 * torch.randn(300, 6, generator=generator, dtype=torch.float64)  # nearly collinear
+    errors = {}
+    for dtype in (torch.float32, torch.float64):
+        sums = NormalEquations(6, 1, features.device, dtype)
+        sums.update(features, features[:, :1])
+        errors[dtype] = (sums.gram - features.T @ features).abs().max()
+    assert errors[torch.float64] == 0 < errors[torch.float32]
+    outputs = []
+    batch = tiny_batch("bert", size=24, padded=True)
+    for precision in ("float32", "float64"):
+        model = tiny_model("bert")
+        hf_prune.prune(model, hf_prune.KCMConfig(budget={"macs": 0.7}, precision=precision), [batch])
+        outputs.append(model(**batch).logits)
+    assert torch.allclose(*outputs, atol=1e-2) and not torch.equal(*outputs)
+    with pytest.raises(hf_prune.ConfigError, match="precision"):
+        hf_prune.KCMConfig(budget={"macs": 0.7}, precision="float16")

@@ -61,7 +61,9 @@ class AutoPruningConfig(RecoverableConfig):
                 what = f"set {taken[0]}: it is that of all candidates" if taken else "be 'auto' itself"
                 raise ConfigError(f"The candidate {candidate!r} can't {what}.")
             known = {field.name for field in fields(get_pruner(str(own.get("method"))).config_class)}
-            shared = {name: getattr(self, name) for name in (*SHARED, "recover", "ridge") if name in known}
+            shared = {
+                name: getattr(self, name) for name in (*SHARED, "recover", "ridge", "precision") if name in known
+            }
             config = PruningConfig.from_dict(shared | own)
             if not isinstance(config, PruningConfig):
                 raise ConfigError(f"The candidate {candidate!r} zeroes single weights: it meets no budget.")

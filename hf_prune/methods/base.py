@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 
+import torch
 from transformers import PreTrainedModel
 
 from ..calibration import Calibrator, Moments, from_main_process
@@ -154,14 +155,18 @@ class RecoverableConfig(PruningConfig):
             without a bias (Llama), least squares takes the place of `"bias"`. See [`~hf_prune.reconstruct`].
         ridge (`float`, *optional*, defaults to 1e-4): How firmly least squares holds on to the old weights, as a share
             of the mean square of the inputs.
+        precision (`"float32"` or `"float64"`, *optional*, defaults to `"float32"`): Of the products of one batch in
+            the refits. They are summed, and the equations solved, in float64 in any case.
     """
 
     recover: Recover = "none"
     ridge: float = 1e-4
+    precision: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("ridge")
+        self.check_choice("precision", ("float32", "float64"))
         self.check_choice("recover", (*get_args(Recovery), "none"))
 
 
@@ -310,7 +315,8 @@ class Pruner(BasePruner[C]):
             mask, calls = mask & dropped, None
             remove_mask(model)
         assert isinstance(self.config, RecoverableConfig)
-        reconstruct(model, units, mask, calibrator, recover, ridge=self.config.ridge, calls=calls)
+        dtype = getattr(torch, self.config.precision)
+        reconstruct(model, units, mask, calibrator, recover, ridge=self.config.ridge, dtype=dtype, calls=calls)
 
     def recovery(self, model: PreTrainedModel, units: PrunableUnits) -> Recover:
         """How this model will be refitted: `recover` of the config, or least squares where it lacks the biases."""

@@ -84,6 +84,7 @@ class KPrunePruner(Pruner[KPruneConfig]):
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None
         selector, recover = self.selector(model, units, calibrator), self.recovery(model, units)
+        dtype = getattr(torch, self.config.precision)
         if self.config.kpred == "fisher":  # of single examples: the batches need not be as large as those of inference
             calibrator = calibrator.in_parts(_TOKENS)
         names = [g.name for g in units.values() if g in selector.groups]
@@ -114,7 +115,9 @@ class KPrunePruner(Pruner[KPruneConfig]):
                                 scores = {}  # of another student
                                 cut_layer(small, [group], PruningMask({group.name: keep}, units))
                                 if recover != "none":
-                                    solutions[group.name] = walk.refit(small, group, keep, recover, self.config.ridge)
+                                    solutions[group.name] = walk.refit(
+                                        small, group, keep, recover, self.config.ridge, dtype
+                                    )
                     finally:
                         walk.layers[index] = layer
                     if dropped is not None and not dropped[walk.stack][index]:
