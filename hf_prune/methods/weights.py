@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blockwise import BlockWalk, Checkpoints, Matrix, prune_blocks, weight_matrices
+from ..blockwise import BlockWalk, Checkpoints, Matrix, Observation, prune_blocks, weight_matrices
 from ..calibration import Calibrator, process_state
 from ..costs import CostTable
 from ..errors import ConfigError
@@ -175,18 +175,17 @@ class WeightPruner(BasePruner[W]):
 
     Args:
         config ([`WeightPruningConfig`]): Its options.
+
+    Attributes:
+        observe (`Callable`, *optional*): What to add up over the inputs of a projection: (tokens, inputs) -> a tensor.
     """
 
+    observe: Observation | None = None
     prunes_offloaded = True
 
     @property
     def wants_data(self) -> bool:
         return self.needs_data or self.config.ratios == "owl"
-
-    @staticmethod
-    def observe(inputs: torch.Tensor) -> torch.Tensor:
-        """What to add up over the inputs of a projection, for methods that need data: (tokens, inputs) -> a tensor."""
-        raise NotImplementedError
 
     @abstractmethod
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,7 +234,7 @@ class WeightPruner(BasePruner[W]):
             units,
             matrices,
             calibrator,
-            self.observe if self.needs_data else None,
+            self.observe,
             start=checkpoints.finished() if checkpoints is not None else 0,
             folder=config.offload_folder,
         )
