@@ -1,6 +1,8 @@
 """README and docs: their Python runs, their commands parse, and the site builds with every public name in it."""
 
 import argparse
+import dataclasses
+import inspect
 import os
 import re
 import shlex
@@ -63,3 +65,49 @@ def test_the_reference_is_complete():
     listed = set(re.findall(r"^::: hf_prune\.(\w+)$", "\n".join(p.read_text() for p in DOCS.glob("api/*.md")), re.M))
     listed |= set(re.findall(r"`(AutoPrunableModelFor\w+)`", (DOCS / "api" / "pruning.md").read_text()))
     assert set(hf_prune.__all__) - listed == set()
+
+
+def parameters(function):
+    """The names of what a function takes, and of all that it may document: `None` where it takes others."""
+    found = [p for name, p in inspect.signature(function).parameters.items() if name not in ("self", "cls")]
+    named = [p.name for p in found if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return named, named if len(named) == len(found) else None
+
+
+def documented(docstring):
+    section = re.search(r"^Args:\n((?: {4}.*\n?|\n)+)", docstring, re.M)
+    heads = re.findall(r"^ {4}(\w[\w, ]*?)(?= \(|:)", section[1] if section else "", re.M)
+    return [name for head in heads for name in head.split(", ")]
+
+
+def public_callables():
+    """(name, docstring, own parameters, what it may document) of all that is public."""
+    for name in hf_prune.__all__:
+        item = getattr(hf_prune, name)
+        if not inspect.isclass(item):
+            yield name, inspect.getdoc(item), *parameters(item)
+            continue
+        if dataclasses.is_dataclass(item):
+            fields = [f.name for f in dataclasses.fields(item)]
+            yield name, inspect.getdoc(item), [f for f in fields if f in vars(item).get("__annotations__", {})], fields
+        elif "__init__" in vars(item):
+            yield name, inspect.getdoc(item), *parameters(item.__init__)
+        for attribute, value in vars(item).items():
+            value = getattr(value, "__func__", value)
+            if attribute.startswith("_") or not hasattr(value, "__get__"):
+                continue
+            if inspect.isfunction(value) and value.__doc__:
+                yield f"{name}.{attribute}", inspect.getdoc(value), *parameters(value)
+            else:  # a property, or what a base class documents
+                yield f"{name}.{attribute}", inspect.getdoc(getattr(item, attribute)), [], None
+
+
+@pytest.mark.parametrize(("name", "docstring", "own", "known"), list(public_callables()), ids=lambda x: str(x)[:40])
+def test_docstrings_name_the_parameters(name, docstring, own, known):
+    assert docstring, f"{name} has no docstring"
+    listed = documented(docstring)
+    if listed:
+        assert set(own) <= set(listed), f"{name}({own}) documents {listed}"
+        assert known is None or set(listed) <= set(known), f"{name}({known}) documents {listed}"
+    elif "Made by [`" not in docstring:
+        assert len(own) <= (3 if "." in name else 1), f"{name}({own}) has no Args"

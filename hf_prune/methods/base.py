@@ -301,7 +301,10 @@ class Pruner(BasePruner[C]):
     ) -> None:
         """Refit the kept weights as the config says: the last step of [`~Pruner.prune`].
 
-        `calls` and `moments` of the method's own pass over the data save one here.
+        Args:
+            model, units, calibrator: As in [`~Pruner.prune`].
+            mask ([`PruningMask`]): What stays.
+            calls, moments (*optional*): Of the method's own pass over the data: they save one here.
         """
         recover = self.recovery(model, units)
         if recover == "none":
