@@ -22,9 +22,8 @@ def _section(match: re.Match[str]) -> str:
     return f"**{title.replace('Args', 'Parameters')}**\n\n{body}\n"
 
 
-def _home(name: str, module: str) -> str:
-    """The identifier of a name in the reference: public names are listed under the package."""
-    return f"hf_prune.{name}" if name.partition(".")[0] in hf_prune.__all__ else f"{module}.{name}"
+def _public(name: str) -> bool:
+    return name.partition(".")[0] in hf_prune.__all__
 
 
 class Grammar(griffe.Extension):
@@ -32,11 +31,16 @@ class Grammar(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            module = obj.module.path
+            module = obj.module
 
             def link(match: re.Match[str]) -> str:
                 name = match[1]
-                return f'<autoref optional identifier="{_home(name, module)}"><code>{name}</code></autoref>'
+                home = f"{module.path}.{name}"
+                if _public(name):  # public names are listed under the package
+                    home = f"hf_prune.{name}"
+                elif name in module.members and module.members[name].is_alias:
+                    home = module.members[name].target_path  # type: ignore[union-attr]
+                return f'<autoref optional identifier="{home}"><code>{name}</code></autoref>'
 
             obj.docstring.value = _NAME.sub(link, _SECTION.sub(_section, obj.docstring.value))
 
@@ -45,6 +49,6 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     """In pages a link that leads nowhere is an error of the strict build."""
 
     def link(match: re.Match[str]) -> str:
-        return f"[`{match[1]}`][{_home(match[1], 'hf_prune')}]"
+        return f"[`{match[1]}`][hf_prune.{match[1]}]"
 
     return "".join(part if part.startswith("```") else _NAME.sub(link, part) for part in _FENCED.split(markdown))

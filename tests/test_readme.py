@@ -1,5 +1,7 @@
 """The tables of the README are complete. That its code runs is tested in test_docs.py."""
 
+import re
+
 import pytest
 from reader import ROOT
 
@@ -20,3 +22,14 @@ def test_the_table_of_families_is_complete():
 @pytest.mark.parametrize("method", [cls.config_class.__name__ for cls in base._PRUNERS.values()])
 def test_the_table_of_methods_is_complete(method):
     assert f"`{method}`" in README
+
+
+def test_the_links_lead_to_files():
+    links = re.findall(r"\]\((?!https?://)([^)#]+)", README)
+    assert links
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
+def test_the_number_of_families_is_right():
+    assert f"on {len(hf_prune.known_model_types())} model families" in README

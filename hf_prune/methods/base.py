@@ -394,7 +394,7 @@ def register_pruner(name: str, config_class: type[MethodConfig]) -> Callable[[P]
     if name != name.lower() or not name.isidentifier():
         raise ConfigError(f"The name of a method is a lower-case identifier, got {name!r}.")
     if not issubclass(config_class, MethodConfig):
-        raise ConfigError(f"The config of {name!r} must subclass PruningConfig, got {config_class.__name__}.")
+        raise ConfigError(f"The config of {name!r} must subclass MethodConfig, got {config_class.__name__}.")
 
     def register(cls: P) -> P:
         for other in _PRUNERS.values():
