@@ -83,6 +83,7 @@ if TYPE_CHECKING:
         SmallSpace as SmallSpace,
         search_space as search_space,
     )
+    from .slicing import subnetwork as subnetwork
     from .surgery import shrink as shrink
     from .trainers import (
         GradualSparsityCallback as GradualSparsityCallback,
@@ -96,6 +97,10 @@ if TYPE_CHECKING:
         Seq2SeqPassTrainingArguments as Seq2SeqPassTrainingArguments,
         Seq2SeqPruningTrainer as Seq2SeqPruningTrainer,
         Seq2SeqPruningTrainingArguments as Seq2SeqPruningTrainingArguments,
+        Seq2SeqSuperNetTrainer as Seq2SeqSuperNetTrainer,
+        Seq2SeqSuperNetTrainingArguments as Seq2SeqSuperNetTrainingArguments,
+        SuperNetTrainer as SuperNetTrainer,
+        SuperNetTrainingArguments as SuperNetTrainingArguments,
     )
     from .units import PrunableUnits as PrunableUnits, UnitGroup as UnitGroup, prunable_units as prunable_units
     from .verification import verify_architecture as verify_architecture
@@ -168,6 +173,7 @@ _MODULES = {
     "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
     "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "search_space"),
+    "slicing": ("subnetwork",),
     "surgery": ("shrink",),
     "trainers": (
         "GradualSparsityCallback",
@@ -181,6 +187,10 @@ _MODULES = {
         "Seq2SeqPassTrainingArguments",
         "Seq2SeqPruningTrainer",
         "Seq2SeqPruningTrainingArguments",
+        "Seq2SeqSuperNetTrainer",
+        "Seq2SeqSuperNetTrainingArguments",
+        "SuperNetTrainer",
+        "SuperNetTrainingArguments",
     ),
     "units": ("PrunableUnits", "UnitGroup", "prunable_units"),
     "verification": ("verify_architecture",),
