@@ -185,7 +185,7 @@ def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTraine
 
 
 def cut_model(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, select: Select = copied) -> None:
-    """Cut the pruned units and layers of a model. Of its config only what layers read is kept up. `select`: see [`cut`]."""
+    """Cut the pruned units and layers of a model. Its config only gets the number of layers. `select`: see [`cut`]."""
     base = base_model(model)
     for stack in units.stacks.values():
         layers = base.get_submodule(stack.layers)

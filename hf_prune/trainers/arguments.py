@@ -167,7 +167,7 @@ class Seq2SeqPassTrainingArguments(PassTrainingArguments, Seq2SeqTrainingArgumen
 
 @dataclass
 class Seq2SeqSuperNetTrainingArguments(SuperNetTrainingArguments, Seq2SeqTrainingArguments):  # type: ignore[misc]
-    """Arguments of [`Seq2SeqSuperNetTrainer`]: those of [`SuperNetTrainingArguments`] and `Seq2SeqTrainingArguments`."""
+    """Arguments of [`Seq2SeqSuperNetTrainer`]: [`SuperNetTrainingArguments`] and `Seq2SeqTrainingArguments`."""
 
 
 def check_whole_model(args: TrainingArguments) -> None:

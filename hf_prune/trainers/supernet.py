@@ -69,8 +69,9 @@ class SuperNetTrainer(PruningTrainer):
     entropy of the teacher on top, without influence on the gradient.)
 
     All micro-batches of a step, and all processes, train the same sub-networks: they follow from `seed` and the step,
-    so that a resumed run draws what the whole one does. With several processes gradients are averaged once a step. With
-    `torch_compile` the whole network is compiled (with one process), sub-networks run eagerly: each has other shapes.
+    so that a resumed run draws what the whole one does. With several processes gradients are averaged once a step.
+    With `torch_compile` the whole network is compiled (with one process), sub-networks run eagerly: each has other
+    shapes.
 
     The `loss` in the logs is the whole network's, or that of the sub-networks where a step trains them alone.
     `subnetwork_loss` is the mean of the sub-networks in a step, distillation included, of the first process.
