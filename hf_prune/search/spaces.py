@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -380,9 +381,11 @@ class LargeSpace(SearchSpace):
     name = "large"
 
     def _parameters(self) -> dict[str, range]:
-        return {name: range(2) for names in self._names().values() for name in names}
+        return {name: range(2) for names in self._names.values() for name in names}
 
+    @cached_property
     def _names(self) -> dict[str, list[str]]:
+        """For each group the parameters of its units."""
         names = {}
         for label, group in self._groups():
             kind, _, layer = label.rpartition("_")
@@ -390,7 +393,7 @@ class LargeSpace(SearchSpace):
         return names
 
     def _keep(self, member: Member) -> dict[str, torch.Tensor]:
-        return {group: torch.tensor([bool(member[n]) for n in names]) for group, names in self._names().items()}
+        return {group: torch.tensor([bool(member[n]) for n in names]) for group, names in self._names.items()}
 
     def _is_bit(self, name: str) -> bool:
         return True
@@ -399,7 +402,7 @@ class LargeSpace(SearchSpace):
     def smallest(self) -> Member:
         """One head and one unit in the first layer of each stack."""
         member = {name: values[0] for name, values in self.parameters.items()}
-        names = self._names()
+        names = self._names
         for layers in self._layers.values():
             first = [names[group.name][0] for group in layers[0]]
             member |= {name: self.parameters[name][-1] for name in first}
