@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         MediumSpace as MediumSpace,
         SearchSpace as SearchSpace,
         SmallSpace as SmallSpace,
+        order_units as order_units,
         search_space as search_space,
     )
     from .slicing import subnetwork as subnetwork
@@ -172,7 +173,7 @@ _MODULES = {
     "reconstruction": ("reconstruct",),
     "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
-    "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "search_space"),
+    "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "order_units", "search_space"),
     "slicing": ("subnetwork",),
     "surgery": ("shrink",),
     "trainers": (
