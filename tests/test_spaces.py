@@ -180,6 +180,8 @@ def test_under_a_budget_all_members_cost_less(kind):
         sizes.append(costs.macs / dense.macs)
     assert sizes[2] > 0.3  # the largest uses what there is
     assert kind == "layer" or len(set(sizes)) > 3
+    short = hf_prune.CostTable(model, sequence_length=1)
+    assert search_space(kind, model, budget={"macs": 0.5}, table=short).limits["macs"] == short.of().macs / 2
     with pytest.raises(ConfigError, match="costs more than the budget"):
         space.mask({name: values[-1] for name, values in space.parameters.items()})
     with pytest.raises(InfeasibleBudgetError, match="nearest feasible"):

@@ -45,6 +45,7 @@ class SearchSpace(ABC):
             shell pattern: `{"num_layers": (2, 6)}`, `{"num_heads_*": (4, 12)}`.
         budget (`dict[str, float]`, *optional*): The most that a member may cost, as for pruning: `{"params": 0.5}`.
             Members that cost more are no members.
+        table ([`CostTable`], *optional*): The costs for the budget. Defaults to those at 128 tokens.
 
     Attributes:
         units ([`PrunableUnits`]): Units of the model.
@@ -73,6 +74,7 @@ class SearchSpace(ABC):
         *,
         bounds: Mapping[str, tuple[int, int]] | None = None,
         budget: Mapping[str, float] | None = None,
+        table: CostTable | None = None,
     ) -> None:
         self.units = prunable_units(model)
         # Per stack, per layer: what a member can narrow. The prefix tells the stacks of an encoder-decoder apart.
@@ -92,7 +94,7 @@ class SearchSpace(ABC):
             )
         self._table, self.limits = None, {}
         if budget is not None:
-            self._table = CostTable(model, self.units)
+            self._table = table if table is not None else CostTable(model, self.units)
             self.limits = resolve_budget(budget, self._table.of())
             lowest = self._mask({name: values[0] for name, values in self.parameters.items()})
             check_floor(self._table, self.limits, self._table.of(lowest), f"the space {self.name!r}")
