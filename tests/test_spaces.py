@@ -35,7 +35,7 @@ def test_every_member_of_every_space_can_be_shrunk(name):
     for kind in known_spaces():
         space = search_space(kind, model)
         least = {key: values[0] for key, values in space.parameters.items()}
-        for member in [*corners(space), *draws(space, 10), least]:
+        for member in [*corners(space), *draws(space, 3), least]:
             mask = space.mask(member)
             check_shrinkable(space.units, mask)
             for stack in space.units.stacks:  # a layer goes with all of its units
@@ -45,8 +45,8 @@ def test_every_member_of_every_space_can_be_shrunk(name):
         assert space.mask(space.largest) == hf_prune.PruningMask({}, space.units)
         assert list(space.smallest) == list(space.parameters)
         costs = hf_prune.CostTable(model, space.units)
-        params = [costs.of(space.mask(member)).params for member in draws(space, 10)]
-        assert costs.of(space.mask(space.smallest)).params <= sorted(params)[5]
+        params = [costs.of(space.mask(member)).params for member in draws(space, 5)]
+        assert costs.of(space.mask(space.smallest)).params <= sorted(params)[2]
     smallest = search_space("small", model).smallest
     assert set(smallest.values()) == {1}
     assert len(smallest) == (3 if name not in SEQ2SEQ else 4 if name.startswith("t5") else 6)

@@ -106,8 +106,11 @@ def counted(logits, batch):
     return logits[labels != -100]
 
 
-@pytest.mark.parametrize("name", ["bert", "regression", "llama", "bart", "vit"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "strategy, name",
+    [(strategy, "bert") for strategy in STRATEGIES]
+    + [("full", name) for name in ("regression", "llama", "bart", "vit")],
+)
 def test_a_step_is_what_the_strategy_says(strategy, name, tmp_path):
     data = examples("bert" if name == "regression" else name, 4)
     model = tiny_model("bert", num_labels=1, **NO_DROPOUT) if name == "regression" else tiny_model(name, **NO_DROPOUT)
@@ -175,7 +178,7 @@ def test_accumulated_steps_are_those_of_large_batches(name, tmp_path):
         {"bf16": True},
         {"activation_checkpointing": True},
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 1},
         {"label_smoothing_factor": 0.1, "optim": "adafactor"},
         {"search_space": "large", "num_subnetworks": 1},
         {"distillation_weight": 0.5},
@@ -193,9 +196,9 @@ def test_options_of_the_trainer(options, tmp_path):
     start = tiny_model("bert", num_hidden_layers=1).state_dict()
     states, logs = run(**options)
     assert all(not torch.equal(states[key], start[key]) for key in start if "query.weight" in key)
-    assert all(entry["subnetwork_loss"] > 0 for entry in logs[:2]) and logs[0]["loss"] < 6
+    assert all(entry["subnetwork_loss"] > 0 for entry in logs if "loss" in entry) and logs[0]["loss"] < 6
     if "bf16" in options or "activation_checkpointing" in options or "torch_compile" in options:
-        plain, _ = run()
+        plain, _ = run(max_steps=options.get("max_steps", 2))
         atol = 1e-2 if "bf16" in options else 1e-5
         assert all(torch.allclose(states[key], plain[key], atol=atol) for key in states)
 
@@ -233,7 +236,7 @@ def test_the_whole_network_is_saved_and_evaluated(name, tmp_path):
 def test_training_makes_small_networks_better(tmp_path):
     losses = {}
     for strategy in ("standard", "sandwich"):
-        trainer = make_trainer("bert", tmp_path, strategy=strategy, max_steps=60, learning_rate=3e-3)
+        trainer = make_trainer("bert", tmp_path, strategy=strategy, max_steps=25, learning_rate=5e-3)
         trainer.train()
         batch = trainer.data_collator(trainer.train_dataset)
         with torch.no_grad():
