@@ -1,16 +1,12 @@
 """Super-network training: the steps of the strategies, exact in all modes of the Trainer."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers as T
 from test_slicing import no_dropout
-from test_trainers import NO_DROPOUT, arguments, examples
+from test_trainers import NO_DROPOUT, arguments, examples, run_in_one_and_two_processes
 from tiny import SEQ2SEQ, tiny_model
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -315,16 +311,7 @@ for name, strategy, accumulate in (("bert", "full", 1), ("bert", "linear_random"
 
 
 def test_two_processes_train_the_same_network_as_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command, processes in (([sys.executable], "1"), (two, "2")):
-        done = subprocess.run(
-            [*command, script, tmp_path, processes], env=env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+    run_in_one_and_two_processes(SCRIPT, tmp_path)
     for run in ("bert-full", "bert-linear_random", "llama-kd"):
         one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
         assert one[1] == pytest.approx(first[1], rel=1e-3)
