@@ -75,6 +75,16 @@ if TYPE_CHECKING:
     from .reconstruction import reconstruct as reconstruct
     from .recovery import recover_with_lora as recover_with_lora
     from .report import PruningReport as PruningReport
+    from .search import (
+        LargeSpace as LargeSpace,
+        LayerSpace as LayerSpace,
+        MediumSpace as MediumSpace,
+        SearchSpace as SearchSpace,
+        SmallSpace as SmallSpace,
+        order_units as order_units,
+        search_space as search_space,
+    )
+    from .slicing import subnetwork as subnetwork
     from .surgery import shrink as shrink
     from .trainers import (
         GradualSparsityCallback as GradualSparsityCallback,
@@ -88,6 +98,10 @@ if TYPE_CHECKING:
         Seq2SeqPassTrainingArguments as Seq2SeqPassTrainingArguments,
         Seq2SeqPruningTrainer as Seq2SeqPruningTrainer,
         Seq2SeqPruningTrainingArguments as Seq2SeqPruningTrainingArguments,
+        Seq2SeqSuperNetTrainer as Seq2SeqSuperNetTrainer,
+        Seq2SeqSuperNetTrainingArguments as Seq2SeqSuperNetTrainingArguments,
+        SuperNetTrainer as SuperNetTrainer,
+        SuperNetTrainingArguments as SuperNetTrainingArguments,
     )
     from .units import PrunableUnits as PrunableUnits, UnitGroup as UnitGroup, prunable_units as prunable_units
     from .verification import verify_architecture as verify_architecture
@@ -159,6 +173,8 @@ _MODULES = {
     "reconstruction": ("reconstruct",),
     "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
+    "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "order_units", "search_space"),
+    "slicing": ("subnetwork",),
     "surgery": ("shrink",),
     "trainers": (
         "GradualSparsityCallback",
@@ -172,6 +188,10 @@ _MODULES = {
         "Seq2SeqPassTrainingArguments",
         "Seq2SeqPruningTrainer",
         "Seq2SeqPruningTrainingArguments",
+        "Seq2SeqSuperNetTrainer",
+        "Seq2SeqSuperNetTrainingArguments",
+        "SuperNetTrainer",
+        "SuperNetTrainingArguments",
     ),
     "units": ("PrunableUnits", "UnitGroup", "prunable_units"),
     "verification": ("verify_architecture",),

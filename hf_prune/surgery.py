@@ -1,6 +1,8 @@
 """Cut pruned units out of a model: the only place where shapes change."""
 
 import copy
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -16,25 +18,30 @@ from .masks import PruningMask
 from .offload import refuse_offloaded
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, projection, prunable_units
 
+Select: TypeAlias = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
-def cut(module: Projection, index: torch.Tensor, side: str) -> None:
-    """Keep some inputs or outputs of a projection, in place. Dtype, device and `requires_grad` stay.
+
+def copied(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
+    """A new parameter with some entries of another one. Dtype, device and `requires_grad` stay."""
+    small = parameter.detach().index_select(dim, index.to(parameter.device))
+    return nn.Parameter(small, requires_grad=parameter.requires_grad)
+
+
+def cut(module: Projection, index: torch.Tensor, side: str, select: Select = copied) -> None:
+    """Keep some inputs or outputs of a projection, in place.
 
     Args:
         module (`nn.Linear` or `Conv1D`): The projection.
         index (`torch.Tensor`): Indices of what stays.
         side (`"inputs"` or `"outputs"`): Which features are cut.
+        select (`Callable`, *optional*): Makes what takes the place of a parameter, given that, a dimension and
+            `index`. Defaults to [`copied`].
     """
     conv = isinstance(module, Conv1D)
     outputs = side == "outputs"
-
-    def select(parameter: torch.Tensor, dim: int) -> nn.Parameter:
-        small = parameter.detach().index_select(dim, index.to(parameter.device))
-        return nn.Parameter(small, requires_grad=parameter.requires_grad)
-
-    module.weight = select(module.weight, 0 if outputs != conv else 1)
+    module._parameters["weight"] = select(module.weight, 0 if outputs != conv else 1, index)  # type: ignore[assignment]
     if outputs and module.bias is not None:
-        module.bias = select(module.bias, 0)
+        module._parameters["bias"] = select(module.bias, 0, index)  # type: ignore[assignment]
     inputs, rows = features(module)
     if isinstance(module, Conv1D):
         module.nx, module.nf = inputs, rows
@@ -42,14 +49,18 @@ def cut(module: Projection, index: torch.Tensor, side: str) -> None:
         module.in_features, module.out_features = inputs, rows
 
 
-def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None:
-    """Keep some heads (KV groups) of an attention block. `keep`: bool of shape (units,)."""
+def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select: Select = copied) -> None:
+    """Keep some heads (KV groups) of an attention block.
+
+    `keep`: bool of shape (units,), or the indices of those that stay, in their new order. `select`: see [`cut`].
+    """
     queries, keys, size = head_counts(layer, spec)
     group = queries // keys
-    kept = int(keep.sum())
+    index = _indices(keep)
+    kept = len(index)
 
     def rows(width: int) -> torch.Tensor:
-        return keep.repeat_interleave(width).nonzero().flatten()
+        return (index[:, None] * width + torch.arange(width)).flatten()
 
     attention = layer.get_submodule(spec.module)
     query_rows, key_rows = rows(group * size), rows(size)
@@ -57,13 +68,13 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None
         names = {spec.query: query_rows, spec.key: key_rows, spec.value: key_rows}
         names |= {name: query_rows for name in spec.extra if hasattr(attention, name)}
         for name, index in names.items():
-            cut(projection(attention, name), index, "outputs")
+            cut(projection(attention, name), index, "outputs", select)
     elif spec.fused_order == "blocks":
         blocks = [query_rows, queries * size + key_rows, (queries + keys) * size + key_rows]
-        cut(projection(attention, spec.fused), torch.cat(blocks), "outputs")
+        cut(projection(attention, spec.fused), torch.cat(blocks), "outputs", select)
     else:
-        cut(projection(attention, spec.fused), rows((group + 2) * size), "outputs")
-    cut(projection(layer, spec.output), query_rows, "inputs")
+        cut(projection(attention, spec.fused), rows((group + 2) * size), "outputs", select)
+    cut(projection(layer, spec.output), query_rows, "inputs", select)
 
     for names_, count in ((spec.heads, kept * group), (spec.kv_heads, kept), (spec.width, kept * group * size)):
         for name in names_:
@@ -77,15 +88,21 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None
         )
 
 
-def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor) -> None:
-    """Keep some neurons of a feed-forward block. `keep`: bool of shape (units,)."""
-    index = keep.nonzero().flatten()
+def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor, select: Select = copied) -> None:
+    """Keep some neurons of a feed-forward block. `keep`, `select`: see [`cut_heads`]."""
+    index = _indices(keep)
+    total, _ = features(projection(layer, spec.output))
+    rows = torch.cat([index, total + index]) if spec.fused_gate else index
     for name in present_inputs(layer, spec):
-        cut(projection(layer, name), torch.cat([index, len(keep) + index]) if spec.fused_gate else index, "outputs")
-    cut(projection(layer, spec.output), index, "inputs")
+        cut(projection(layer, name), rows, "outputs", select)
+    cut(projection(layer, spec.output), index, "inputs", select)
     for path in spec.width:
         owner, _, name = path.rpartition(".")
         setattr(layer.get_submodule(owner), name, len(index))
+
+
+def _indices(keep: torch.Tensor) -> torch.Tensor:
+    return keep.nonzero().flatten() if keep.dtype == torch.bool else keep
 
 
 def present_inputs(layer: nn.Module, spec: FeedForwardSpec) -> list[str]:
@@ -95,16 +112,35 @@ def present_inputs(layer: nn.Module, spec: FeedForwardSpec) -> list[str]:
     ]
 
 
-def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask) -> None:
-    """Cut the pruned units of one layer. `groups`: its heads and neurons."""
+def reorder(layer: nn.Module, group: UnitGroup, order: torch.Tensor) -> None:
+    """Permute the units of a group of heads or neurons, in place: the layer computes the same function.
+
+    Args:
+        layer (`nn.Module`): The layer.
+        group ([`UnitGroup`]): The group.
+        order (`torch.Tensor`): Indices of all units in their new order.
+    """
+
+    def permuted(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return parameter.copy_(parameter.index_select(dim, index.to(parameter.device)))
+
+    if isinstance(group.block, AttentionSpec):
+        cut_heads(layer, group.block, order, permuted)
+    elif isinstance(group.block, FeedForwardSpec):
+        cut_neurons(layer, group.block, order, permuted)
+
+
+def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask, select: Select = copied) -> None:
+    """Cut the pruned units of one layer. `groups`: its heads and neurons. `select`: see [`cut`]."""
     for group in groups:
         keep = mask[group.name]
         if keep.all():
             continue
         if isinstance(group.block, AttentionSpec):
-            cut_heads(layer, group.block, keep)
+            cut_heads(layer, group.block, keep, select)
         elif isinstance(group.block, FeedForwardSpec):
-            cut_neurons(layer, group.block, keep)
+            cut_neurons(layer, group.block, keep, select)
 
 
 def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
@@ -167,23 +203,24 @@ def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTraine
     check_shrinkable(units, mask)
     # The whole operation once on the meta device: if it fails there, no weight has been touched.
     rehearsal = skeleton(model, model.config)
-    _cut(rehearsal, units, mask)
+    cut_model(rehearsal, units, mask)
     config = record(rehearsal, _candidates(rehearsal, units))
 
     remove_mask(model)
-    _cut(model, units, mask)
+    cut_model(model, units, mask)
     _update_configs(model, skeleton(model, config))
     return model
 
 
-def _cut(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask) -> None:
+def cut_model(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, select: Select = copied) -> None:
+    """Cut the pruned units and layers of a model. Its config only gets the number of layers. `select`: see [`cut`]."""
     base = base_model(model)
     for stack in units.stacks.values():
         layers = base.get_submodule(stack.layers)
         assert isinstance(layers, nn.ModuleList)
         kept = mask[stack.layers].nonzero().flatten().tolist()
         for index in kept:
-            cut_layer(layers[index], units.of_layer(stack.layers, index), mask)
+            cut_layer(layers[index], units.of_layer(stack.layers, index), mask, select)
         if len(kept) < len(layers):
             _drop_layers(base, stack, kept)
 
