@@ -1,4 +1,4 @@
-"""[`redact`]: nothing secret in what is published. Tokens, credentials in URLs and home folders become `...` or `~`."""
+"""[`redact`]: no tokens, no credentials in URLs and no home folders in what is published."""
 
 import os
 import re
