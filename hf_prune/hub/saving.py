@@ -10,9 +10,10 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,6 @@ def save_pretrained(
     mask: PruningMask | WeightMask | None = None,
     report: PruningReport | None = None,
     standalone: bool = False,
-    name: str | None = None,
     **options: Any,
 ) -> None:
     """Save a model, reload it, compare, and only then replace what was in the folder.
@@ -74,7 +74,6 @@ def save_pretrained(
             and what is known of the model that was pruned.
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that
             `from_pretrained(..., trust_remote_code=True)` loads the model where hf_prune is not installed.
-        name (`str`, *optional*): What the card calls the model. Defaults to the name of the folder.
         options: Passed on to `PreTrainedModel.save_pretrained`: `max_shard_size`, `variant`. With an explicit
             `state_dict`, as `Trainer` passes for sharded models, the stock method runs alone: the weights are not
             those in memory.
@@ -122,17 +121,15 @@ def save_pretrained(
             _link_others(target, staging, options.get("variant"))
         outputs = _verify(model, state, staging, standalone, options.get("variant"))
         if report is not None:
-            learned = {
-                "verified": _verified(model, staging, processing_class, standalone, outputs),
-                "metadata": origin(model) | report.metadata,
-            }
-            _document(replace(report, **learned), staging, name or target.name)
+            verified = _verified(model, staging, processing_class, standalone, outputs)
+            metadata = origin(model) | report.metadata
+            _document(replace(report, verified=verified, metadata=metadata), staging, target.name)
         for file in staging.iterdir():
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
     if report is not None:
-        report.verified, report.metadata = learned["verified"], learned["metadata"]
+        report.verified, report.metadata = verified, metadata
     if here is not None and here.is_relative_to(target):
         os.chdir(here)
 
@@ -340,18 +337,22 @@ _OF_A_MODEL = (
 )
 
 
-def _link_others(source: Path, staging: Path, variant: str | None) -> None:
-    """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
-    of_a_model = shutil.ignore_patterns(*_OF_A_MODEL)
+def of_a_model(variant: str | None = None) -> Callable[[str], bool]:
+    """Whether a file, by its name, belongs to the model in a folder, and goes when another one takes its place."""
     middle = f"\\.{re.escape(variant)}" if variant else ""
     weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
+    return lambda name: bool(weights.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in _OF_A_MODEL)
+
+
+def _link_others(source: Path, staging: Path, variant: str | None) -> None:
+    """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
+    goes = of_a_model(variant)
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         beside = staging / os.path.relpath(folder, source)
         skip = {name for name in names if (beside / name).is_file()}
         if beside == staging:
-            skip |= of_a_model(folder, names) | {name for name in names if weights.fullmatch(name)}
-            skip |= {name for name in names if name == CARD_FILE and is_ours(source / name)}
+            skip |= {name for name in names if goes(name) or (name == CARD_FILE and is_ours(source / name))}
         return skip
 
     def link(old: str, new: str) -> None:
