@@ -82,7 +82,7 @@ def push_to_hub(
         ```
     """
     target = Repository(repo_id, token)
-    commit = {
+    commit: dict[str, Any] = {
         "private": private,
         "revision": revision,
         "create_pr": create_pr,
