@@ -122,7 +122,7 @@ _BUILDERS = ("csv", "json", "text", "parquet", "arrow", "pandas", "generator")  
 def data_source(data: Any) -> dict[str, str]:
     """Where a `datasets.Dataset` says that it comes from: `dataset`, `config`, `split`, and its `revision` on the
     Hub, as far as it knows."""
-    info = getattr(data, "info", None)
+    info: Any = getattr(data, "info", None)
     name = getattr(info, "dataset_name", None)
     if not name or getattr(info, "builder_name", None) in _BUILDERS or name in _BUILDERS:
         return {}

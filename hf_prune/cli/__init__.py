@@ -22,6 +22,8 @@ COMMANDS = {
     "inspect": "show what of a model can be pruned, and what it costs",
     "prune": "make a model smaller, and save it",
     "bench": "measure latency, memory and size side by side",
+    "card": "write the model card of a saved model anew",
+    "push": "upload a saved model to the Hub",
 }
 _DESCRIPTION = """\
 Make Hugging Face transformers physically smaller and faster: remove attention

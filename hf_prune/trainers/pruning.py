@@ -313,7 +313,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         """The metrics of the dense and the pruned model, side by side."""
         before, after = (self.metrics.get(when, {}) for when in ("before", "after"))
         data = self.eval_dataset
-        about = data_source(data) if data is not None else {}
+        about: dict[str, Any] = data_source(data)
         if hasattr(data, "__len__") and not isinstance(data, dict):
             about["n"] = len(data)
         return [
