@@ -10,8 +10,8 @@ HIDDEN = "..."
 
 _SECRETS = (
     # Tokens that one can tell by their looks: Hugging Face, GitHub, OpenAI and Anthropic, Slack, AWS.
-    r"\b(?:hf|hf_oauth|api_org)_[A-Za-z0-9]{16,}",
-    r"\bgh[pousr]_[A-Za-z0-9]{16,}|\bgithub_pat_\w{16,}",
+    r"(?:hf|hf_oauth|api_org)_[A-Za-z0-9]{16,}",
+    r"gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}",
     r"\bsk-[A-Za-z0-9_-]{16,}",
     r"\bxox[a-z]-[A-Za-z0-9-]{10,}",
     r"\bAKIA[A-Z0-9]{12,}",
@@ -31,12 +31,19 @@ def redact(value: Any) -> Any:
     Hidden are tokens by their looks, by the word before them (`token=`, `--password`), and those in the environment
     of this process; user and password in URLs; and home folders.
     """
+    return _without(value, _in_environment())
+
+
+def _without(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
-        return _redacted(value)
+        return _redacted(value, secrets)
     if isinstance(value, Mapping):
-        return {redact(key): HIDDEN if _is_secret(key, item) else redact(item) for key, item in value.items()}
+        return {
+            _without(key, secrets): HIDDEN if _is_secret(key, item) else _without(item, secrets)
+            for key, item in value.items()
+        }
     if isinstance(value, list | tuple):
-        return [redact(item) for item in value]
+        return [_without(item, secrets) for item in value]
     return value
 
 
@@ -45,8 +52,8 @@ def _is_secret(key: Any, item: Any) -> bool:
     return isinstance(key, str) and isinstance(item, str) and bool(item) and bool(_KEY.search(key))
 
 
-def _redacted(text: str) -> str:
-    for secret in _in_environment():
+def _redacted(text: str, secrets: list[str]) -> str:
+    for secret in secrets:
         text = text.replace(secret, HIDDEN)
     for pattern in _SECRETS:
         text = re.sub(pattern, HIDDEN, text)

@@ -58,7 +58,8 @@ class LoopbackHub:
 
     Attributes:
         repos (`dict[str, Repo]`): Repositories by name.
-        failures (`list[Failure]`): Failures to come. Clients add theirs with `POST /_fail`.
+        failures (`list[Failure]`): Failures to come. Clients add theirs with `POST /_fail`, and end them with
+            `DELETE /_fail`.
         requests (`list[tuple[str, str]]`): Method and path of each request so far.
     """
 
@@ -193,6 +194,9 @@ class _Handler(BaseHTTPRequestHandler):
         match (self.command, *path):
             case ("POST", "_fail"):
                 self.hub.failures.append(Failure(**json.loads(body)))
+                self._send()
+            case ("DELETE", "_fail"):
+                self.hub.failures.clear()
                 self._send()
             case ("POST", "api", "repos", "create"):
                 self._create(json.loads(body))

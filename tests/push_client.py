@@ -14,9 +14,9 @@ import torch
 import transformers as T
 from datasets import Dataset
 from loopback_hub import OTHER_TOKEN, READ_TOKEN
-from test_layout import logits
+from test_layout import logits as logits_of
 from test_saving import tokenizer
-from tiny import tiny_model
+from tiny import tiny_batch, tiny_model
 
 import hf_prune
 
@@ -30,6 +30,14 @@ T.logging.disable_progress_bar()
 def fail(method, path, status=None, times=1):
     body = json.dumps({"method": method, "path": path, "status": status, "times": times}).encode()
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/_fail", body)
+
+
+def recover():
+    urllib.request.urlopen(urllib.request.Request(f"{os.environ['HF_ENDPOINT']}/_fail", method="DELETE"))
+
+
+def logits(model):
+    return logits_of(model, tiny_batch("bert"))
 
 
 def refused(name, push, *args, **kwargs):
@@ -101,8 +109,8 @@ card.write_text(written)
 fail("PUT", "/_lfs/", 503)
 pruned(seed=1).push_to_hub("user/flaky")  # huggingface_hub tries again by itself
 for name, failure in {
-    "cut": ("PUT", "/_lfs/", None, 6),
-    "broken": ("PUT", "/_lfs/", 500, 6),
+    "cut": ("PUT", "/_lfs/", None, 99),
+    "broken": ("PUT", "/_lfs/", 500, 99),
     "refused": ("POST", "/commit/", 403, 1),
     "unknown": ("POST", "/commit/", 401, 1),
     "no network": ("POST", "/api/repos/create", None, 1),
@@ -112,6 +120,7 @@ for name, failure in {
     files = {path.name: path.read_bytes() for path in (scratch / name).iterdir()}
     fail(*failure)
     refused(name, hf_prune.push_to_hub, scratch / name, f"user/{name.replace(' ', '-')}")
+    recover()
     intact = files == {path.name: path.read_bytes() for path in (scratch / name).iterdir()}
     hf_prune.push_to_hub(scratch / name, f"user/{name.replace(' ', '-')}")
     results[name] = intact and same(model, f"user/{name.replace(' ', '-')}")

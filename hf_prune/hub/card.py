@@ -21,7 +21,7 @@ from ..plots import plot_units
 from ..redaction import redact
 from ..report import PruningReport
 from . import sections
-from .markdown import block, code, table, text
+from .markdown import block, code, line, table, text
 from .standalone import auto_classes
 
 CARD_FILE, PICTURE_FILE = "README.md", "pruning_layers.png"
@@ -70,8 +70,8 @@ def write_card(
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         draw_layers(known, folder / PICTURE_FILE)
         rendered = render_card(known, config, name or folder.name, picture=(folder / PICTURE_FILE).exists())
-    except (OSError, ValueError) as error:
-        raise PruningError(f"Can't write a card for {folder}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PruningError(f"Can't write a card for {folder}: {error!r}") from error
     if report is not None:
         report.save(folder)
     card.write_text(rendered, encoding="utf-8")
@@ -106,6 +106,7 @@ def render_card(report: PruningReport, config: Mapping[str, Any], name: str, *, 
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters |= {"text": text, "code": code, "block": block}
+    name, report = redact(name), PruningReport.from_dict(redact(report.to_dict()))
     template = (files(__package__) / "model_card_template.md").read_text(encoding="utf-8")
     try:
         needs, remote = config.get(KEY) is not None, isinstance(config.get("auto_map"), Mapping)
@@ -160,7 +161,7 @@ def is_repo_id(name: Any) -> bool:
 
 
 def _metadata(report: PruningReport, name: str, needs_hf_prune: bool) -> ModelCardData:
-    given = dict(redact(report.metadata))
+    given = report.metadata
     tags = [KEY, "pruned", "weight-pruning" if report.weights else "structured-pruning", report.method]
     tags += [given["tags"]] if isinstance(given.get("tags"), str) else given.get("tags") or []
     task = given.get("pipeline_tag") or _task(report.model_class)
@@ -180,19 +181,19 @@ def _metadata(report: PruningReport, name: str, needs_hf_prune: bool) -> ModelCa
     results = [
         EvalResult(
             task_type=data["pipeline_tag"],
-            dataset_type=str(redact(row["dataset"])),
-            dataset_name=str(redact(row["dataset"])),
-            dataset_config=redact(row.get("config")),
-            dataset_split=redact(row.get("split")),
-            dataset_revision=redact(row.get("revision")),
-            metric_type=str(redact(row["metric"])),
+            dataset_type=line(row["dataset"]),
+            dataset_name=line(row["dataset"]),
+            dataset_config=line(row["config"]) if row.get("config") else None,
+            dataset_split=line(row["split"]) if row.get("split") else None,
+            dataset_revision=line(row["revision"]) if row.get("revision") else None,
+            metric_type=line(row["metric"]),
             metric_value=float(row["after"]),
         )
         for row in report.evaluation
         if row.get("dataset") and data["pipeline_tag"]
     ]
     if results:
-        data |= {"model_name": str(redact(name)), "eval_results": results}
+        data |= {"model_name": line(name), "eval_results": results}
     return ModelCardData(**{key: value for key, value in data.items() if value})
 
 
@@ -248,7 +249,7 @@ def _claim(verified: Mapping[str, Any] | None) -> str:
     outputs = (
         "and the outputs on a random batch agreed" if verified["outputs"] else "and the outputs were not compared"
     )
-    how = f"{code(verified['dtype'])}, attention {code(verified['attention'])}"
+    how = f"{text(verified['dtype'])}, attention {text(verified['attention'])}"
     if verified["remote_code"]:
         what = (
             "the class behind these lines was loaded from the saved files and their code, with hf_prune switched off"

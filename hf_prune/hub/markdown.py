@@ -6,18 +6,20 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
-from ..redaction import redact
+
+def line(value: Any) -> str:
+    """Plain words on one line."""
+    return " ".join(_printable(value).split())
 
 
 def text(value: Any) -> str:
     """One line of words, also in the cell of a table."""
-    line = " ".join(_printable(value).split())
-    return html.escape(re.sub(r"([\\`*_{}\[\]|~$#!])", r"\\\1", line), quote=False)
+    return html.escape(re.sub(r"([\\`*_{}\[\]|~$#!])", r"\\\1", line(value)), quote=False)
 
 
 def code(value: Any) -> str:
     """What stands between the backticks of a span of code."""
-    return " ".join(_printable(value).replace("`", "'").split())
+    return line(value).replace("`", "'")
 
 
 def block(value: Any, language: str = "") -> str:
@@ -30,9 +32,9 @@ def block(value: Any, language: str = "") -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table of cells that are Markdown already: the first column to the left, the others to the right."""
     lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _printable(value: Any) -> str:
-    """Without secrets, and without characters that nobody sees or that turn the direction of writing."""
-    return "".join(c for c in str(redact(value)) if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    """Without characters that nobody sees, or that turn the direction of writing."""
+    return "".join(c for c in str(value) if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
