@@ -30,7 +30,7 @@ MARKER = "<!-- Rendered by hf_prune. Remove this line if you edit the card: hf_p
 
 def is_ours(readme: Path) -> bool:
     """Whether a card may be replaced: hf_prune rendered it, and nobody has claimed it since."""
-    return MARKER in readme.read_text(encoding="utf-8", errors="replace").splitlines()
+    return readme.is_file() and MARKER in readme.read_text(encoding="utf-8", errors="replace").splitlines()
 
 
 def write_card(
