@@ -29,7 +29,7 @@ def verdict(report: PruningReport, base: str | None) -> str:
     dense = f"[{text(base)}](https://huggingface.co/{base})" if base else f"A dense {text(report.model_class)}"
     if report.weights:
         done = f"{report.sparsity():.1%} of the weights in {len(report.weights)} matrices are zero"
-        done += ". Zeros in dense tensors make a model neither smaller nor faster"
+        done += ". Zeros in dense tensors make a model neither smaller nor faster" if report.latency is None else ""
     else:
         done = f"{_less(report.ratio('macs'))} multiply-accumulates and {_less(report.ratio('params'))} parameters"
     facts = [f"**{dense}, pruned with {text(report.method)}: {done}"]
@@ -205,7 +205,7 @@ def limits(report: PruningReport) -> list[str]:
     else:
         found.append("Its quality was not measured: evaluate it on your task before you rely on it.")
     pair = measurements(report)
-    if report.weights:
+    if report.weights and report.latency is None:
         found.append("Tensors keep their shapes: memory and latency gain nothing without kernels for sparse weights.")
     elif pair and pair[0].latency or (report.latency is not None and report.latency["before"] is not None):
         found.append("Latency holds for the hardware and the sizes named above.")
