@@ -201,9 +201,12 @@ class Repository:
             return "HF_HUB_OFFLINE is set: unset it where there is a network."
         if isinstance(error, ValueError) and "README.md" in str(error):
             return "the Hub does not take the metadata at the head of its README.md: correct them."
-        if not isinstance(error, HfHubHTTPError):
+        answer: BaseException | None = error  # failed uploads of weights come wrapped
+        while answer is not None and not isinstance(answer, HfHubHTTPError):
+            answer = answer.__cause__
+        if answer is None:
             return "the connection failed. Check the network and push again: what has arrived is not sent twice."
-        status = error.response.status_code
+        status = answer.response.status_code
         if status == 401:
             return "the Hub does not know the token. Run `hf auth login` with one that is valid and may write."
         if status == 403:
