@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .benchmark import si_scale
 from .errors import PruningError
 from .masks import PruningMask
+from .redaction import redact
 from .units import KINDS, PrunableUnits
 
 if TYPE_CHECKING:
@@ -52,11 +55,18 @@ class PruningReport:
         latency (`dict`, *optional*): Under a budget of latency: measured milliseconds `before` and `after` (medians,
             in turns; `None` if memory did not suffice), `where` they were measured, the `multiple_of` that widths were
             rounded to, and the `table` of the predictions.
+        papers (`list[dict]`): The sources of the method, see [`Paper`].
+        command (`str`, *optional*): The command line of the process, where that is a script or `hf-prune`.
+        recovery (`dict`, *optional*): How quality was recovered afterwards, in the caller's words: `{"method": "LoRA",
+            "rank": 8, "epochs": 1}`.
         evaluation (`list[dict]`): Measured quality: `metric`, its value `before` and `after`, and, if known, the
             number of examples `n`, `interval_before` and `interval_after` (95 % confidence), and the `dataset` (its
             name, or its id on the Hub) with `config`, `split` and `revision`.
         benchmark (`list[dict]`): What [`~hf_prune.benchmark.compare`] measured of the dense and the pruned checkpoint:
             `[asdict(row) for row in rows]`.
+        metadata (`dict`): Of the model card: `base_model`, `license`, `language`, `datasets`, `tags`, ... Saving adds
+            what the model's source says, if it is at hand.
+        verified (`dict`, *optional*): How the saved checkpoint was reloaded and compared, as the save found it.
     """
 
     method: str
@@ -74,8 +84,13 @@ class PruningReport:
     facts: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=lambda: _versions())
     latency: dict[str, Any] | None = None
+    papers: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = field(default_factory=lambda: _command())
+    recovery: dict[str, Any] | None = None
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     benchmark: list[dict[str, Any]] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    verified: dict[str, Any] | None = None
     schema_version: int = 1
 
     def ratio(self, metric: str) -> float:
@@ -173,15 +188,15 @@ class PruningReport:
         """
         known = {f.name for f in fields(cls)}
         try:
-            return cls(**{key: value for key, value in data.items() if key in known})
+            return cls(**{"command": None, **{key: value for key, value in data.items() if key in known}})
         except TypeError as error:
             raise PruningError(f"Not a pruning report: {error}.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. A folder gets `pruning_report.json`."""
+        """Write as JSON, without tokens and home folders. A folder gets `pruning_report.json`."""
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(redact(self.to_dict()), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
@@ -235,3 +250,15 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _command() -> str | None:
+    """`None` in notebooks, shells and tests."""
+    script = Path(sys.argv[0] if sys.argv else "")
+    if script.stem == "hf-prune" or script.parts[-2:] == ("hf_prune", "__main__.py"):
+        words = ["hf-prune"]
+    elif script.suffix == ".py" and script.stem not in ("__main__", "ipykernel_launcher"):
+        words = ["python", script.name if script.is_absolute() else script.as_posix()]
+    else:
+        return None
+    return shlex.join([*words, *sys.argv[1:]])

@@ -11,7 +11,7 @@ import hf_prune
 
 ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
-    ["errors", "architectures", "offload"],
+    ["errors", "redaction", "architectures", "offload"],
     ["units", "masks", "weight_masks"],
     ["gates", "surgery", "slicing", "layout", "costs", "batches", "divergence", "timing", "latency"],
     ["calibration", "selection", "reconstruction", "depth", "blockwise"],

@@ -26,6 +26,8 @@ COMMANDS = {
     "bench": "measure latency, memory and size side by side",
     "compare": "set pruning runs side by side: a table, a picture, a page",
     "export": "write a model as ONNX or torch.export",
+    "card": "write the model card of a saved model anew",
+    "push": "upload a saved model to the Hub",
 }
 _DESCRIPTION = """\
 Make Hugging Face transformers physically smaller and faster: remove attention
