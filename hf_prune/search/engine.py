@@ -1,0 +1,227 @@
+"""[`search_subnetworks`]: a super-network, a space and validation data in, a Pareto front out."""
+
+import hashlib
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from optuna.storages import BaseStorage
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from ..batches import update_digest
+from ..calibration import Calibrator, evaluating, from_main_process, process_state
+from ..costs import METRICS, CostTable, Metric
+from ..errors import CalibrationError, ConfigError, unknown
+from ..gates import current_mask
+from ..latency import latency_table
+from ..offload import refuse_offloaded
+from ..slicing import sliced
+from ..timing import DEFAULT_LENGTH
+from .evaluation import ComputeMetrics, Evaluator
+from .front import ParetoFront, SubNetwork
+from .spaces import Member, SearchSpace, shown
+from .study import Sample, SearchStudy, quiet
+
+logger = logging.get_logger(__name__)
+
+
+def search_subnetworks(
+    model: PreTrainedModel,
+    space: SearchSpace,
+    data: Any,
+    *,
+    metric: str = "accuracy",
+    compute_metrics: ComputeMetrics | None = None,
+    greater_is_better: bool = True,
+    cost: Metric = "params",
+    table: CostTable | None = None,
+    method: str = "nsga2",
+    num_samples: int = 100,
+    seed: int = 0,
+    storage: str | os.PathLike[str] | BaseStorage | None = None,
+    study_name: str = "hf_prune",
+    processing_class: Any = None,
+    text_column: str | None = None,
+    max_samples: int | None = None,
+    batch_size: int = 32,
+    max_length: int | None = None,
+) -> ParetoFront:
+    """Search a super-network for the sub-networks with the best trade-offs between error and cost.
+
+    Sub-networks are evaluated as they are, with the weights of the super-network: train that one to be good at all
+    sizes before, with [`SuperNetTrainer`]. None is evaluated twice. The largest, the smallest and the middle one come
+    first (Klein et al., "Structural Pruning of Pre-trained Language Models via Neural Architecture Search", TMLR 2024).
+
+    Args:
+        model (`PreTrainedModel`): The super-network. It stays as it is.
+        space ([`SearchSpace`]): Which sub-networks there are, made for this model.
+        data: Labelled validation examples as for [`Calibrator`], or a [`Calibrator`] with labels; or a function that
+            is given the model while it computes a sub-network, and returns its error: the lower the better.
+        metric (`str`, *optional*, defaults to `"accuracy"`): `"accuracy"`, `"f1"`, `"matthews"` or `"spearman"`, of
+            which the error is 1 - metric; `"loss"` or `"perplexity"` (language models), which are the error; or a key
+            of what `compute_metrics` returns.
+        compute_metrics (`Callable`, *optional*): As for `Trainer`.
+        greater_is_better (`bool`, *optional*, defaults to `True`): Of the metric of `compute_metrics`: the error is
+            1 - metric then, otherwise the metric.
+        cost (`"params"`, `"macs"`, `"memory"` or `"latency"`, *optional*, defaults to `"params"`): The other
+            objective, of the shrunk sub-network. Latency is added up from a table of measured blocks, see
+            [`latency_table`].
+        table ([`CostTable`], *optional*): Which costs to count. By default MACs and latency of one example of the
+            data's mean length.
+        method (`str`, *optional*, defaults to `"nsga2"`): How sub-networks are drawn: `"random"`; `"local"`, which
+            changes one number of a random point of the front so far; or by Optuna's `"nsga2"` (populations of 10),
+            `"tpe"` or `"gp"` (a Gaussian process with expected hypervolume improvement). Only the first two are for
+            spaces of more than 1,000 parameters, and `"gp"` is for at most 100.
+        num_samples (`int`, *optional*, defaults to 100): Sub-networks to draw in all, earlier runs included.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+        storage (`str`, path or Optuna's `BaseStorage`, *optional*): Where to keep what was evaluated: an URL such as
+            `"sqlite:///search.db"`, or the path of a journal. A search that was broken off goes on from there; several
+            workers may share it. By default nothing is kept.
+        study_name (`str`, *optional*, defaults to `"hf_prune"`): Tells the searches in a storage apart.
+        processing_class, text_column, max_samples, batch_size, max_length (*optional*): See [`Calibrator`].
+
+    Returns:
+        [`ParetoFront`]: The best trade-offs, and all that was evaluated.
+
+    Raises:
+        ConfigError: An option is wrong; the space is for another model; the study in the storage was begun with
+            another space, model, metric, cost or other data.
+        CalibrationError: The data are malformed, or no sub-network has a finite error.
+        UnsupportedModelError: The model can't be pruned.
+
+    A sub-network whose error is NaN or infinite is left out, with a warning that names it. Under `accelerate launch` or
+    torchrun all processes evaluate each sub-network together, on their shares of the data.
+
+    Examples:
+        ```python
+        >>> space = hf_prune.search_space("small", model)
+        >>> front = hf_prune.search_subnetworks(model, space, validation, processing_class=tokenizer)
+        >>> front.extract(front.select({"params": 0.5}), model).save_pretrained("half")
+        ```
+    """
+    if type(num_samples) is not int or num_samples < 1:
+        raise ConfigError(f"num_samples must be a whole number of at least 1, got {num_samples!r}.")
+    if cost not in METRICS:
+        raise ConfigError(unknown("cost", cost, METRICS))
+    if current_mask(model) is not None:
+        raise ConfigError("The model carries a mask: take it off with remove_mask(model) before the search.")
+    refuse_offloaded(model)
+    calibrator, error_of = None, _call(data, model)
+    if isinstance(data, Calibrator) or not callable(data):
+        calibrator = _labelled(
+            model,
+            data,
+            processing_class=processing_class,
+            text_column=text_column,
+            max_samples=max_samples,
+            batch_size=batch_size,
+            max_length=max_length,
+        )
+        error_of = Evaluator(calibrator, metric, compute_metrics, greater_is_better)
+    table = table if table is not None else _cost_table(model, cost, calibrator)
+    space.mask(space.largest).check(table.units)
+    dense = table.of()
+    if not dense[cost]:
+        raise ConfigError("A search for latency needs a table with it: CostTable(model, latency=latency_table(model)).")
+    identity = {
+        "space": space.describe(),
+        "metric": metric if calibrator is not None else "of a function",
+        "cost": cost,
+        "model": update_digest(hashlib.sha256(), model.state_dict()).hexdigest(),
+        "data": calibrator.describe() if calibrator is not None else None,
+    }
+    loop = _Search(model, space, error_of, table, cost, num_samples)
+    with quiet():
+        evaluated = loop.run(
+            lambda: SearchStudy(space, identity, method=method, seed=seed, storage=storage, name=study_name)
+        )
+    points = [
+        SubNetwork(member, error, table.of(mask).to_dict(), mask)
+        for member, error in evaluated
+        for mask in [space.mask(member)]
+    ]
+    facts = {**identity, "search": method, "seed": seed, "samples": num_samples}
+    return ParetoFront(points, dense.to_dict(), cost=cost, lengths=table.lengths, facts=facts)
+
+
+class _Search:
+    """The main process asks the study for sub-networks, all processes evaluate them, the main process tells."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        space: SearchSpace,
+        error_of: Callable[[], float],
+        table: CostTable,
+        cost: Metric,
+        num_samples: int,
+    ) -> None:
+        self.model, self.space, self.error_of = model, space, error_of
+        self.table, self.cost, self.num_samples = table, cost, num_samples
+        self.study: SearchStudy  # in the main process
+
+    def run(self, open_study: Callable[[], SearchStudy]) -> list[tuple[Member, float]]:
+        def opened() -> int:
+            self.study = open_study()
+            return len(self.study)
+
+        done = from_main_process(opened)
+        hidden = not process_state().is_main_process or None  # None: only where stderr is a terminal
+        with tqdm(total=self.num_samples, initial=min(done, self.num_samples), desc="search", disable=hidden) as bar:
+            while (sample := from_main_process(self._next)) is not None:
+                self._evaluate(sample)
+                bar.update()
+        evaluated = from_main_process(lambda: self.study.evaluated())
+        if not evaluated:
+            raise CalibrationError(
+                f"None of {self.num_samples} sub-networks has a finite error: check the metric and the weights."
+            )
+        return evaluated
+
+    def _next(self) -> Sample | None:
+        return self.study.ask() if len(self.study) < self.num_samples else None
+
+    def _evaluate(self, sample: Sample) -> None:
+        mask = self.space.mask(sample.member)
+        try:
+            if (error := sample.error) is None:
+                with sliced(self.model, mask):
+                    error = self.error_of()
+        except BaseException as failure:
+            if process_state().is_main_process:
+                # An interrupted sub-network comes again, one that can't be evaluated does not.
+                self.study.fail(sample, again=not isinstance(failure, Exception))
+            raise
+        if math.isfinite(error):
+            from_main_process(lambda: self.study.tell(sample, error, self.table.of(mask)[self.cost]))
+            return
+        reason = f"The sub-network {shown(sample.member)} has the error {error}"
+        logger.warning("%s: it is left out.", reason)
+        from_main_process(lambda: self.study.fail(sample, reason))
+
+
+def _call(function: Callable[[PreTrainedModel], float], model: PreTrainedModel) -> Callable[[], float]:
+    def error_of() -> float:
+        with evaluating(model):
+            return float(function(model))
+
+    return error_of
+
+
+def _labelled(model: PreTrainedModel, data: Any, **options: Any) -> Calibrator:
+    calibrator = data if isinstance(data, Calibrator) else Calibrator(model, data, labels=True, **options)
+    if calibrator.model is not model or not calibrator.labels:
+        raise ConfigError("A Calibrator must be made for the model that is searched, with labels=True.")
+    return calibrator
+
+
+def _cost_table(model: PreTrainedModel, cost: Metric, calibrator: Calibrator | None) -> CostTable:
+    length, target = calibrator.lengths if calibrator is not None else (float(DEFAULT_LENGTH), None)
+    lengths: dict[str, Any] = {"sequence_length": length, "target_length": target}
+    if cost != "latency":
+        return CostTable(model, **lengths)
+    rounded = {name: value and max(round(value), 1) for name, value in lengths.items()}
+    return CostTable(model, **lengths, latency=from_main_process(lambda: latency_table(model, **rounded)))
