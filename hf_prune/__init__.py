@@ -75,6 +75,14 @@ if TYPE_CHECKING:
     from .reconstruction import reconstruct as reconstruct
     from .recovery import recover_with_lora as recover_with_lora
     from .report import PruningReport as PruningReport
+    from .search import (
+        LargeSpace as LargeSpace,
+        LayerSpace as LayerSpace,
+        MediumSpace as MediumSpace,
+        SearchSpace as SearchSpace,
+        SmallSpace as SmallSpace,
+        search_space as search_space,
+    )
     from .surgery import shrink as shrink
     from .trainers import (
         GradualSparsityCallback as GradualSparsityCallback,
@@ -159,6 +167,7 @@ _MODULES = {
     "reconstruction": ("reconstruct",),
     "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
+    "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "search_space"),
     "surgery": ("shrink",),
     "trainers": (
         "GradualSparsityCallback",

@@ -18,7 +18,7 @@ LEVELS = [
     ["methods", "report"],
     ["pruning", "benchmark", "metrics", "plots"],
     ["hub", "modeling", "verification"],
-    ["trainers", "recovery"],
+    ["trainers", "search", "recovery"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
