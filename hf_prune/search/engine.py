@@ -18,7 +18,7 @@ from ..errors import CalibrationError, ConfigError, unknown
 from ..gates import current_mask
 from ..latency import latency_table
 from ..offload import refuse_offloaded
-from ..slicing import sliced
+from ..surgery import shrunk_copy as subnetwork
 from ..timing import DEFAULT_LENGTH
 from .evaluation import ComputeMetrics, Evaluator
 from .front import ParetoFront, SubNetwork
@@ -59,7 +59,7 @@ def search_subnetworks(
         model (`PreTrainedModel`): The super-network. It stays as it is.
         space ([`SearchSpace`]): Which sub-networks there are, made for this model.
         data: Labelled validation examples as for [`Calibrator`], or a [`Calibrator`] with labels; or a function that
-            is given the model while it computes a sub-network, and returns its error: the lower the better.
+            is given a sub-network and returns its error: the lower the better.
         metric (`str`, *optional*, defaults to `"accuracy"`): `"accuracy"`, `"f1"`, `"matthews"` or `"spearman"`, of
             which the error is 1 - metric; `"loss"` or `"perplexity"` (language models), which are the error; or a key
             of what `compute_metrics` returns.
@@ -109,7 +109,7 @@ def search_subnetworks(
     if current_mask(model) is not None:
         raise ConfigError("The model carries a mask: take it off with remove_mask(model) before the search.")
     refuse_offloaded(model)
-    calibrator, error_of = None, _call(data, model)
+    calibrator, error_of = None, data
     if isinstance(data, Calibrator) or not callable(data):
         calibrator = _labelled(
             model,
@@ -154,7 +154,7 @@ class _Search:
         self,
         model: PreTrainedModel,
         space: SearchSpace,
-        error_of: Callable[[], float],
+        error_of: Callable[[PreTrainedModel], float],
         table: CostTable,
         cost: Metric,
         num_samples: int,
@@ -188,8 +188,9 @@ class _Search:
         mask = self.space.mask(sample.member)
         try:
             if (error := sample.error) is None:
-                with sliced(self.model, mask):
-                    error = self.error_of()
+                small = subnetwork(self.model, mask)
+                with evaluating(small):
+                    error = float(self.error_of(small))
         except BaseException as failure:
             if process_state().is_main_process:
                 # An interrupted sub-network comes again, one that can't be evaluated does not.
@@ -201,14 +202,6 @@ class _Search:
         reason = f"The sub-network {shown(sample.member)} has the error {error}"
         logger.warning("%s: it is left out.", reason)
         from_main_process(lambda: self.study.fail(sample, reason))
-
-
-def _call(function: Callable[[PreTrainedModel], float], model: PreTrainedModel) -> Callable[[], float]:
-    def error_of() -> float:
-        with evaluating(model):
-            return float(function(model))
-
-    return error_of
 
 
 def _labelled(model: PreTrainedModel, data: Any, **options: Any) -> Calibrator:

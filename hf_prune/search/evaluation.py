@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from transformers import EvalPrediction
+from transformers import EvalPrediction, PreTrainedModel
 
 from ..batches import Batch
-from ..calibration import Calibrator
+from ..calibration import Calibrator, evaluating
 from ..errors import ConfigError, unknown
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
@@ -19,10 +19,10 @@ _KEYS = {"accuracy": "accuracy", "f1": "f1", "matthews": "matthews_correlation",
 
 
 class Evaluator:
-    """Runs a model over labelled examples, and says how wrong it is. The lower the better.
+    """Runs models over labelled examples, and says how wrong they are. The lower the better.
 
     Args:
-        calibrator ([`Calibrator`]): The examples, with labels, for the model to evaluate.
+        calibrator ([`Calibrator`]): The examples, with labels.
         metric (`str`): `"accuracy"`, `"f1"`, `"matthews"` or `"spearman"`, of which the error is 1 - metric;
             `"loss"` or its exponential, `"perplexity"`, which are the error; or a key of what `compute_metrics`
             returns.
@@ -53,12 +53,12 @@ class Evaluator:
         if compute_metrics is None and metric in _KEYS:
             self.compute_metrics = _named(metric)
 
-    def __call__(self) -> float:
-        """The error of the calibrator's model as it is now. NaN where a logit or the loss is NaN or infinite."""
+    def __call__(self, model: PreTrainedModel) -> float:
+        """The error of a model of the calibrator's class. NaN where a logit or the loss is NaN or infinite."""
         measure = self._loss if self.compute_metrics is None else self._predictions
-        with self.calibrator.evaluating():
+        with evaluating(model):
             mine = [
-                (self.calibrator.examples(index)[0], *measure(batch))
+                (self.calibrator.examples(index)[0], *measure(model, batch))
                 for index, batch in self.calibrator.batches("evaluate")
             ]
         # In the order of the batches, so that sums do not depend on the number of processes.
@@ -76,10 +76,9 @@ class Evaluator:
         value = float(results[self.key])
         return 1 - value if self.greater_is_better else value
 
-    def _loss(self, batch: Batch) -> tuple[float, int]:
+    def _loss(self, model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
         """The mean loss of a batch, and over how many labels it is a mean."""
-        model = self.calibrator.model
-        loss = self.calibrator.forward(batch).loss
+        loss = self.calibrator.forward(batch, model).loss
         if loss is None:
             raise ConfigError(f"{type(model).__name__} returns no loss for these labels: choose another metric.")
         labels = batch.get("labels")
@@ -89,14 +88,14 @@ class Evaluator:
             labels = labels[:, 1:]  # each token is predicted from those before it
         return loss.item(), int(labels.ne(-100).sum())
 
-    def _predictions(self, batch: Batch) -> tuple[Any, Any]:
-        outputs = self.calibrator.forward(batch)
+    def _predictions(self, model: PreTrainedModel, batch: Batch) -> tuple[Any, Any]:
+        outputs = self.calibrator.forward(batch, model)
         logits = [_array(outputs[name]) for name in outputs if name.endswith("logits")]
         names = ["labels"] if "labels" in batch else ["start_positions", "end_positions"]
         labels = [batch[name].cpu().numpy() for name in names]
         if not logits:
             raise ConfigError(
-                f"{type(self.calibrator.model).__name__} returns no logits but {', '.join(outputs)}: choose the "
+                f"{type(model).__name__} returns no logits but {', '.join(outputs)}: choose the "
                 "metric 'loss'."
             )
         return _one_or_all(logits), _one_or_all(labels)

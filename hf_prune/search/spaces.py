@@ -180,7 +180,7 @@ class SearchSpace(ABC):
         self._check(member)
         if not self.meets_budget(member):
             raise ConfigError(
-                f"The sub-network {_shown(member)} costs more than the budget of the space: fit(member) lowers it."
+                f"The sub-network {shown(member)} costs more than the budget of the space: fit(member) lowers it."
             )
         return self._mask(member)
 
@@ -194,7 +194,7 @@ class SearchSpace(ABC):
                 raise ConfigError(
                     f"{name} must be a whole number from {values[0]} to {values[-1]}, got {value!r}."
                     if name in member
-                    else f"The sub-network {_shown(member)} lacks {name}, from {values[0]} to {values[-1]}."
+                    else f"The sub-network {shown(member)} lacks {name}, from {values[0]} to {values[-1]}."
                 )
 
     def _mask(self, member: Member) -> PruningMask:
@@ -254,7 +254,7 @@ class SearchSpace(ABC):
 
     def __repr__(self) -> str:
         shown = {name: f"{values[0]}..{values[-1]}" for name, values in self.parameters.items()}
-        return f"{type(self).__name__}({_shown(shown)})"
+        return f"{type(self).__name__}({shown(shown)})"
 
     # For the spaces
 
@@ -470,6 +470,6 @@ def _clipped(parameters: dict[str, range], bounds: Mapping[str, tuple[int, int]]
     return clipped
 
 
-def _shown(member: Mapping[str, Any]) -> str:
+def shown(member: Mapping[str, Any]) -> str:
     items = [f"{name}={value}" for name, value in itertools.islice(member.items(), 6)]
     return ", ".join(items) + (f", ... ({len(member)} numbers)" if len(member) > 6 else "")

@@ -3,6 +3,7 @@
 import os
 import random
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -231,10 +232,12 @@ def _storage(storage: str | os.PathLike[str] | BaseStorage | None) -> BaseStorag
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Optuna reports every trial, which the progress bar does already."""
+    """Optuna reports every trial, which the progress bar does already, and warns of options that may change."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
     finally:
         optuna.logging.set_verbosity(level)
