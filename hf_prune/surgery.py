@@ -1,6 +1,8 @@
 """Cut pruned units out of a model: the only place where shapes change."""
 
 import copy
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,24 +19,30 @@ from .offload import refuse_offloaded
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, projection, prunable_units
 
 
-def cut(module: Projection, index: torch.Tensor, side: str) -> None:
-    """Keep some inputs or outputs of a projection, in place. Dtype, device and `requires_grad` stay.
+Select: TypeAlias = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
+
+
+def copied(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
+    """A new parameter with some entries of another one. Dtype, device and `requires_grad` stay."""
+    small = parameter.detach().index_select(dim, index.to(parameter.device))
+    return nn.Parameter(small, requires_grad=parameter.requires_grad)
+
+
+def cut(module: Projection, index: torch.Tensor, side: str, select: Select = copied) -> None:
+    """Keep some inputs or outputs of a projection, in place.
 
     Args:
         module (`nn.Linear` or `Conv1D`): The projection.
         index (`torch.Tensor`): Indices of what stays.
         side (`"inputs"` or `"outputs"`): Which features are cut.
+        select (`Callable`, *optional*): Makes what takes the place of a parameter, given that, a dimension and
+            `index`. Defaults to [`copied`].
     """
     conv = isinstance(module, Conv1D)
     outputs = side == "outputs"
-
-    def select(parameter: torch.Tensor, dim: int) -> nn.Parameter:
-        small = parameter.detach().index_select(dim, index.to(parameter.device))
-        return nn.Parameter(small, requires_grad=parameter.requires_grad)
-
-    module.weight = select(module.weight, 0 if outputs != conv else 1)
+    module._parameters["weight"] = select(module.weight, 0 if outputs != conv else 1, index)  # type: ignore[assignment]
     if outputs and module.bias is not None:
-        module.bias = select(module.bias, 0)
+        module._parameters["bias"] = select(module.bias, 0, index)  # type: ignore[assignment]
     inputs, rows = features(module)
     if isinstance(module, Conv1D):
         module.nx, module.nf = inputs, rows
@@ -42,8 +50,8 @@ def cut(module: Projection, index: torch.Tensor, side: str) -> None:
         module.in_features, module.out_features = inputs, rows
 
 
-def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None:
-    """Keep some heads (KV groups) of an attention block. `keep`: bool of shape (units,)."""
+def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select: Select = copied) -> None:
+    """Keep some heads (KV groups) of an attention block. `keep`: bool of shape (units,). `select`: see [`cut`]."""
     queries, keys, size = head_counts(layer, spec)
     group = queries // keys
     kept = int(keep.sum())
@@ -57,13 +65,13 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None
         names = {spec.query: query_rows, spec.key: key_rows, spec.value: key_rows}
         names |= {name: query_rows for name in spec.extra if hasattr(attention, name)}
         for name, index in names.items():
-            cut(projection(attention, name), index, "outputs")
+            cut(projection(attention, name), index, "outputs", select)
     elif spec.fused_order == "blocks":
         blocks = [query_rows, queries * size + key_rows, (queries + keys) * size + key_rows]
-        cut(projection(attention, spec.fused), torch.cat(blocks), "outputs")
+        cut(projection(attention, spec.fused), torch.cat(blocks), "outputs", select)
     else:
-        cut(projection(attention, spec.fused), rows((group + 2) * size), "outputs")
-    cut(projection(layer, spec.output), query_rows, "inputs")
+        cut(projection(attention, spec.fused), rows((group + 2) * size), "outputs", select)
+    cut(projection(layer, spec.output), query_rows, "inputs", select)
 
     for names_, count in ((spec.heads, kept * group), (spec.kv_heads, kept), (spec.width, kept * group * size)):
         for name in names_:
@@ -77,12 +85,13 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor) -> None
         )
 
 
-def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor) -> None:
-    """Keep some neurons of a feed-forward block. `keep`: bool of shape (units,)."""
+def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor, select: Select = copied) -> None:
+    """Keep some neurons of a feed-forward block. `keep`: bool of shape (units,). `select`: see [`cut`]."""
     index = keep.nonzero().flatten()
+    rows = torch.cat([index, len(keep) + index]) if spec.fused_gate else index
     for name in present_inputs(layer, spec):
-        cut(projection(layer, name), torch.cat([index, len(keep) + index]) if spec.fused_gate else index, "outputs")
-    cut(projection(layer, spec.output), index, "inputs")
+        cut(projection(layer, name), rows, "outputs", select)
+    cut(projection(layer, spec.output), index, "inputs", select)
     for path in spec.width:
         owner, _, name = path.rpartition(".")
         setattr(layer.get_submodule(owner), name, len(index))
@@ -95,16 +104,16 @@ def present_inputs(layer: nn.Module, spec: FeedForwardSpec) -> list[str]:
     ]
 
 
-def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask) -> None:
-    """Cut the pruned units of one layer. `groups`: its heads and neurons."""
+def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask, select: Select = copied) -> None:
+    """Cut the pruned units of one layer. `groups`: its heads and neurons. `select`: see [`cut`]."""
     for group in groups:
         keep = mask[group.name]
         if keep.all():
             continue
         if isinstance(group.block, AttentionSpec):
-            cut_heads(layer, group.block, keep)
+            cut_heads(layer, group.block, keep, select)
         elif isinstance(group.block, FeedForwardSpec):
-            cut_neurons(layer, group.block, keep)
+            cut_neurons(layer, group.block, keep, select)
 
 
 def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
@@ -167,11 +176,11 @@ def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTraine
     check_shrinkable(units, mask)
     # The whole operation once on the meta device: if it fails there, no weight has been touched.
     rehearsal = skeleton(model, model.config)
-    _cut(rehearsal, units, mask)
+    cut_model(rehearsal, units, mask)
     config = record(rehearsal, _candidates(rehearsal, units))
 
     remove_mask(model)
-    _cut(model, units, mask)
+    cut_model(model, units, mask)
     _update_configs(model, skeleton(model, config))
     return model
 
@@ -192,14 +201,16 @@ def shrunk_copy(model: PreTrainedModel, mask: PruningMask) -> PreTrainedModel:
     return shrink(small, mask)
 
 
-def _cut(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask) -> None:
+def cut_model(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, select: Select = copied) -> None:
+    """Cut the pruned units and layers of a model. Of its config only what layers read is kept up. `select`: see [`cut`].
+    """
     base = base_model(model)
     for stack in units.stacks.values():
         layers = base.get_submodule(stack.layers)
         assert isinstance(layers, nn.ModuleList)
         kept = mask[stack.layers].nonzero().flatten().tolist()
         for index in kept:
-            cut_layer(layers[index], units.of_layer(stack.layers, index), mask)
+            cut_layer(layers[index], units.of_layer(stack.layers, index), mask, select)
         if len(kept) < len(layers):
             _drop_layers(base, stack, kept)
 

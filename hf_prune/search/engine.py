@@ -18,7 +18,7 @@ from ..errors import CalibrationError, ConfigError, unknown
 from ..gates import current_mask
 from ..latency import latency_table
 from ..offload import refuse_offloaded
-from ..surgery import shrunk_copy as subnetwork
+from ..slicing import subnetwork
 from ..timing import DEFAULT_LENGTH
 from .evaluation import ComputeMetrics, Evaluator
 from .front import ParetoFront, SubNetwork
