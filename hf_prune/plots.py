@@ -209,10 +209,10 @@ def plot_front(
     figure = _figure(7.0, 4.6)
     axes = figure.add_subplot()
     _style(axes, f"Error against {cost}: {len(front)} of {len(evaluated)} sub-networks are on the front")
-    axes.scatter(*zip(*evaluated, strict=True), s=14, color=_GREY, alpha=0.45, linewidths=0, label="evaluated")
-    axes.plot(
-        *zip(*front, strict=True), drawstyle="steps-post", marker="o", ms=5, lw=1.6, color=_PALETTE[0], label="front"
-    )
+    x, y = zip(*evaluated, strict=True)
+    axes.scatter(x, y, s=14, color=_GREY, alpha=0.45, linewidths=0, label="evaluated")
+    x, y = zip(*front, strict=True)
+    axes.plot(x, y, drawstyle="steps-post", marker="o", ms=5, lw=1.6, color=_PALETTE[0], label="front")
     for index, (name, point) in enumerate(marked.items()):
         color, marker = _PALETTE[1 + index % (len(_PALETTE) - 1)], "sD^vPX"[index % 6]
         axes.plot(*point, marker, ms=8, color=color, markeredgecolor="white", label=name)

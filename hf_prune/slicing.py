@@ -8,7 +8,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import MaskError
@@ -24,9 +23,9 @@ _OF_THE_INSTANCE = ("forward", "_original_forward", "_compiled_call_impl")  # th
 def subnetwork(model: PreTrainedModel, mask: PruningMask, units: PrunableUnits | None = None) -> PreTrainedModel:
     """What a mask leaves of a model, on slices of its weights.
 
-    Making one takes about as long as listing the modules; no weight is copied where what stays lies in one piece, as the
-    first k units do. It belongs to one training step: its slices are part of one autograd graph. In evaluation it
-    serves until weights are replaced (not merely changed in place).
+    Making one takes about as long as listing the modules; no weight is copied where what stays lies in one piece, as
+    the first k units do. It is for one backward pass: its slices are part of that autograd graph. In evaluation it
+    serves for any number of batches.
 
     Gradients are those of the masked model: they are added to `grad` of the model's parameters, 0 for what is cut, and
     dropped layers get none. Hooks and gradient checkpointing work as in the model. It runs uncompiled, and without

@@ -202,8 +202,7 @@ def shrunk_copy(model: PreTrainedModel, mask: PruningMask) -> PreTrainedModel:
 
 
 def cut_model(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, select: Select = copied) -> None:
-    """Cut the pruned units and layers of a model. Of its config only what layers read is kept up. `select`: see [`cut`].
-    """
+    """Cut the pruned units and layers of a model. Of its config only what layers read is kept up. `select`: see [`cut`]."""
     base = base_model(model)
     for stack in units.stacks.values():
         layers = base.get_submodule(stack.layers)

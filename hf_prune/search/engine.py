@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+import reprlib
 from collections.abc import Callable
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..slicing import subnetwork
 from ..timing import DEFAULT_LENGTH
 from .evaluation import ComputeMetrics, Evaluator
 from .front import ParetoFront, SubNetwork
-from .spaces import Member, SearchSpace, shown
+from .spaces import Member, SearchSpace
 from .study import Sample, SearchStudy, quiet
 
 logger = logging.get_logger(__name__)
@@ -53,7 +54,8 @@ def search_subnetworks(
 
     Sub-networks are evaluated as they are, with the weights of the super-network: train that one to be good at all
     sizes before, with [`SuperNetTrainer`]. None is evaluated twice. The largest, the smallest and the middle one come
-    first (Klein et al., "Structural Pruning of Pre-trained Language Models via Neural Architecture Search", TMLR 2024).
+    first, as in Klein et al., "Structural Pruning of Pre-trained Language Models via Neural Architecture Search", TMLR
+    2024.
 
     Args:
         model (`PreTrainedModel`): The super-network. It stays as it is.
@@ -92,8 +94,8 @@ def search_subnetworks(
         CalibrationError: The data are malformed, or no sub-network has a finite error.
         UnsupportedModelError: The model can't be pruned.
 
-    A sub-network whose error is NaN or infinite is left out, with a warning that names it. Under `accelerate launch` or
-    torchrun all processes evaluate each sub-network together, on their shares of the data.
+    A sub-network whose error is NaN or infinite is left out, with a warning that names it. Under torchrun or
+    `accelerate launch` all processes evaluate each sub-network together, on their shares of the data.
 
     Examples:
         ```python
@@ -125,7 +127,7 @@ def search_subnetworks(
     space.mask(space.largest).check(table.units)
     dense = table.of()
     if not dense[cost]:
-        raise ConfigError("A search for latency needs a table with it: CostTable(model, latency=latency_table(model)).")
+        raise ConfigError("A search for latency needs a table of it: CostTable(model, latency=latency_table(model)).")
     identity = {
         "space": space.describe(),
         "metric": metric if calibrator is not None else "of a function",
@@ -199,7 +201,7 @@ class _Search:
         if math.isfinite(error):
             from_main_process(lambda: self.study.tell(sample, error, self.table.of(mask)[self.cost]))
             return
-        reason = f"The sub-network {shown(sample.member)} has the error {error}"
+        reason = f"The sub-network {reprlib.repr(sample.member)} has the error {error}"
         logger.warning("%s: it is left out.", reason)
         from_main_process(lambda: self.study.fail(sample, reason))
 

@@ -95,8 +95,7 @@ class Evaluator:
         labels = [batch[name].cpu().numpy() for name in names]
         if not logits:
             raise ConfigError(
-                f"{type(model).__name__} returns no logits but {', '.join(outputs)}: choose the "
-                "metric 'loss'."
+                f"{type(model).__name__} returns no logits but {', '.join(outputs)}: choose the metric 'loss'."
             )
         return _one_or_all(logits), _one_or_all(labels)
 

@@ -154,9 +154,9 @@ class ParetoFront(Sequence[SubNetwork]):
     def hypervolume(self, reference: tuple[float, float] = (2.0, 2.0)) -> float:
         """The area that the front dominates, of (cost, error); the higher the better.
 
-        The cost counts as a ratio to that of the whole model, the error as it is: with errors from 0 to 1 (1 - accuracy)
-        values of searches with the same data and model compare. Klein et al. 2024 spread both evenly over [0, 1] by
-        their ranks in all runs of all methods instead, so that their figures compare with no others.
+        The cost counts as a ratio to that of the whole model, the error as it is: with errors from 0 to 1, such as
+        1 - accuracy, values of searches with the same data and model compare. Klein et al. 2024 spread both evenly
+        over [0, 1] by their ranks in all runs of all methods instead, so that their figures compare with no others.
 
         Args:
             reference (`tuple[float, float]`, *optional*, defaults to (2.0, 2.0)): Cost and error of the corner. Choose

@@ -2,13 +2,13 @@
 
 Klein et al., "Structural Pruning of Pre-trained Language Models via Neural Architecture Search", TMLR 2024.
 
-A *member* of a space is a dict of whole numbers, such as `{"num_layers": 4, "num_heads": 6, "num_units": 1024}`. In an
-encoder-decoder each stack has parameters of its own: `"encoder.num_layers"`, `"decoder.num_layers"`. Heads are KV groups
-under grouped-query attention, units are the neurons of feed-forward blocks.
+A *member* of a space is a dict of whole numbers, such as `{"num_layers": 4, "num_heads": 6, "num_units": 1024}`. In
+an encoder-decoder each stack has parameters of its own: `"encoder.num_layers"`, `"decoder.num_layers"`. Heads are KV
+groups under grouped-query attention, units are the neurons of feed-forward blocks.
 
 A sub-network is what [`apply_mask`] makes of its mask: a block without heads or units still adds its output bias and
-runs its norm, where the paper's code skips it. A layer with neither goes, norms and all. What a family can't lose stays
-in every member: a stack keeps its first layer, and a block that must not be empty its first unit.
+runs its norm, where the paper's code skips it. A layer with neither goes, norms and all. What a family can't lose
+stays in every member: a stack keeps its first layer, and a block that must not be empty its first unit.
 """
 
 import hashlib
@@ -180,7 +180,7 @@ class SearchSpace(ABC):
         self._check(member)
         if not self.meets_budget(member):
             raise ConfigError(
-                f"The sub-network {shown(member)} costs more than the budget of the space: fit(member) lowers it."
+                f"The sub-network {_shown(member)} costs more than the budget of the space: fit(member) lowers it."
             )
         return self._mask(member)
 
@@ -194,7 +194,7 @@ class SearchSpace(ABC):
                 raise ConfigError(
                     f"{name} must be a whole number from {values[0]} to {values[-1]}, got {value!r}."
                     if name in member
-                    else f"The sub-network {shown(member)} lacks {name}, from {values[0]} to {values[-1]}."
+                    else f"The sub-network {_shown(member)} lacks {name}, from {values[0]} to {values[-1]}."
                 )
 
     def _mask(self, member: Member) -> PruningMask:
@@ -230,10 +230,11 @@ class SearchSpace(ABC):
 
     def __iter__(self) -> Iterator[Member]:
         if self.size > _LISTED:
-            digits = len(str(self.size)) - 1
+            digits = int(self.size.bit_length() * math.log10(2))
+            count = f"{self.size:,}" if digits < 16 else f"about 10^{digits}"
             raise ConfigError(
-                f"The space {self.name!r} has {f'{self.size:,}' if digits < 16 else f'about 10^{digits}'} members, too "
-                "many to list: draw some with sample(generator), or narrow it with bounds."
+                f"The space {self.name!r} has {count} members, too many to list: draw some with sample(generator), or "
+                "narrow it with bounds."
             )
         members = itertools.product(*self.parameters.values())
         return filter(self.meets_budget, (dict(zip(self.parameters, values, strict=True)) for values in members))
@@ -254,7 +255,7 @@ class SearchSpace(ABC):
 
     def __repr__(self) -> str:
         shown = {name: f"{values[0]}..{values[-1]}" for name, values in self.parameters.items()}
-        return f"{type(self).__name__}({shown(shown)})"
+        return f"{type(self).__name__}({_shown(shown)})"
 
     # For the spaces
 
@@ -325,8 +326,8 @@ class MediumSpace(SearchSpace):
 class LayerSpace(SearchSpace):
     """LAYER: any subset of the layers, whole: `layer_0`, ... are 1 where the layer stays.
 
-    Layers that others need have no parameter; the member without any layer keeps the first. In each stack the number of
-    layers is sampled uniformly from 1 to one less than all, and then that many by chance.
+    Layers that others need have no parameter; the member without any layer keeps the first. In each stack the number
+    of layers is sampled uniformly from 1 to one less than all, and then that many by chance.
     """
 
     name = "layer"
@@ -470,6 +471,6 @@ def _clipped(parameters: dict[str, range], bounds: Mapping[str, tuple[int, int]]
     return clipped
 
 
-def shown(member: Mapping[str, Any]) -> str:
+def _shown(member: Mapping[str, Any]) -> str:
     items = [f"{name}={value}" for name, value in itertools.islice(member.items(), 6)]
     return ", ".join(items) + (f", ... ({len(member)} numbers)" if len(member) > 6 else "")

@@ -92,8 +92,8 @@ class SearchStudy:
             raise
         except Exception as error:  # databases raise anything
             raise ConfigError(
-                f"Can't open the storage {storage!r}: {error}. Give an URL such as 'sqlite:///search.db', or the path of "
-                "a journal such as 'search.log'."
+                f"Can't open the storage {storage!r}: {error}. Give an URL such as 'sqlite:///search.db', or the path "
+                "of a journal such as 'search.log'."
             ) from error
         self._check(identity, f"The study {name!r} in {storage!r}")
         self._restore()
@@ -159,7 +159,7 @@ class SearchStudy:
         self._study.tell(self._trials.pop(sample.number), [error, cost])
 
     def fail(self, sample: Sample, reason: str | None = None, again: bool = False) -> None:
-        """A member has no finite error, for a `reason`; or its evaluation was broken off, and it shall come `again`."""
+        """A member has no finite error, for a `reason`; or it was broken off, and shall come `again`."""
         if reason is not None:
             self._trials[sample.number].set_user_attr("error", reason)
         self._study.tell(self._trials.pop(sample.number), state=TrialState.FAIL)
@@ -177,16 +177,14 @@ class SearchStudy:
         return dict(zip(self.space.parameters, trial.user_attrs["member"], strict=True))
 
     def _sampler(self, count: int) -> BaseSampler:
-        """A sampler for the next trial. A new one for each, so that a search which goes on draws as if it never ended."""
+        """For the next trial. A new one for each, so that a search which goes on draws as if it never ended."""
         seed = (self.seed * 1_000_003 + count) % 2**32
         if self.method == "nsga2":
             return optuna.samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
         if self.method == "tpe":
             return optuna.samplers.TPESampler(seed=seed)
         if self.method == "gp":
-            return optuna.samplers.GPSampler(
-                seed=seed, deterministic_objective=True, warn_independent_sampling=False
-            )
+            return optuna.samplers.GPSampler(seed=seed, deterministic_objective=True, warn_independent_sampling=False)
         return _MemberSampler(self.space, seed, local=self.method == "local")
 
 
