@@ -83,6 +83,10 @@ if TYPE_CHECKING:
         SmallSpace as SmallSpace,
         search_space as search_space,
     )
+    from .search.engine import search_subnetworks as search_subnetworks
+    from .search.front import ParetoFront as ParetoFront, SubNetwork as SubNetwork
+    from .search.standard import standard_nas as standard_nas
+    from .slicing import subnetwork as subnetwork
     from .surgery import shrink as shrink
     from .trainers import (
         GradualSparsityCallback as GradualSparsityCallback,
@@ -96,6 +100,10 @@ if TYPE_CHECKING:
         Seq2SeqPassTrainingArguments as Seq2SeqPassTrainingArguments,
         Seq2SeqPruningTrainer as Seq2SeqPruningTrainer,
         Seq2SeqPruningTrainingArguments as Seq2SeqPruningTrainingArguments,
+        Seq2SeqSuperNetTrainer as Seq2SeqSuperNetTrainer,
+        Seq2SeqSuperNetTrainingArguments as Seq2SeqSuperNetTrainingArguments,
+        SuperNetTrainer as SuperNetTrainer,
+        SuperNetTrainingArguments as SuperNetTrainingArguments,
     )
     from .units import PrunableUnits as PrunableUnits, UnitGroup as UnitGroup, prunable_units as prunable_units
     from .verification import verify_architecture as verify_architecture
@@ -168,6 +176,10 @@ _MODULES = {
     "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
     "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "search_space"),
+    "search.engine": ("search_subnetworks",),
+    "search.front": ("ParetoFront", "SubNetwork"),
+    "search.standard": ("standard_nas",),
+    "slicing": ("subnetwork",),
     "surgery": ("shrink",),
     "trainers": (
         "GradualSparsityCallback",
@@ -181,6 +193,10 @@ _MODULES = {
         "Seq2SeqPassTrainingArguments",
         "Seq2SeqPruningTrainer",
         "Seq2SeqPruningTrainingArguments",
+        "Seq2SeqSuperNetTrainer",
+        "Seq2SeqSuperNetTrainingArguments",
+        "SuperNetTrainer",
+        "SuperNetTrainingArguments",
     ),
     "units": ("PrunableUnits", "UnitGroup", "prunable_units"),
     "verification": ("verify_architecture",),

@@ -18,7 +18,6 @@ from .masks import PruningMask
 from .offload import refuse_offloaded
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, head_counts, projection, prunable_units
 
-
 Select: TypeAlias = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
@@ -202,7 +201,7 @@ def shrunk_copy(model: PreTrainedModel, mask: PruningMask) -> PreTrainedModel:
 
 
 def cut_model(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, select: Select = copied) -> None:
-    """Cut the pruned units and layers of a model. Of its config only what layers read is kept up. `select`: see [`cut`]."""
+    """Cut the pruned units and layers of a model. Its config only gets the number of layers. `select`: see [`cut`]."""
     base = base_model(model)
     for stack in units.stacks.values():
         layers = base.get_submodule(stack.layers)

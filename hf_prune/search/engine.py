@@ -18,12 +18,13 @@ from ..costs import METRICS, CostTable, Metric
 from ..errors import CalibrationError, ConfigError, unknown
 from ..gates import current_mask
 from ..latency import latency_table
+from ..masks import PruningMask
 from ..offload import refuse_offloaded
 from ..slicing import subnetwork
 from ..timing import DEFAULT_LENGTH
 from .evaluation import ComputeMetrics, Evaluator
 from .front import ParetoFront, SubNetwork
-from .spaces import Member, SearchSpace
+from .spaces import SearchSpace
 from .study import Sample, SearchStudy, quiet
 
 logger = logging.get_logger(__name__)
@@ -104,8 +105,6 @@ def search_subnetworks(
         >>> front.extract(front.select({"params": 0.5}), model).save_pretrained("half")
         ```
     """
-    if type(num_samples) is not int or num_samples < 1:
-        raise ConfigError(f"num_samples must be a whole number of at least 1, got {num_samples!r}.")
     if cost not in METRICS:
         raise ConfigError(unknown("cost", cost, METRICS))
     if current_mask(model) is not None:
@@ -124,86 +123,111 @@ def search_subnetworks(
         )
         error_of = Evaluator(calibrator, metric, compute_metrics, greater_is_better)
     table = table if table is not None else _cost_table(model, cost, calibrator)
-    space.mask(space.largest).check(table.units)
-    dense = table.of()
-    if not dense[cost]:
+    if not table.of()[cost]:
         raise ConfigError("A search for latency needs a table of it: CostTable(model, latency=latency_table(model)).")
     identity = {
         "space": space.describe(),
         "metric": metric if calibrator is not None else "of a function",
         "cost": cost,
-        "model": update_digest(hashlib.sha256(), model.state_dict()).hexdigest(),
+        "model": fingerprint(model),
         "data": calibrator.describe() if calibrator is not None else None,
     }
-    loop = _Search(model, space, error_of, table, cost, num_samples)
-    with quiet():
-        evaluated = loop.run(
-            lambda: SearchStudy(space, identity, method=method, seed=seed, storage=storage, name=study_name)
-        )
-    points = [
-        SubNetwork(member, error, table.of(mask).to_dict(), mask)
-        for member, error in evaluated
-        for mask in [space.mask(member)]
-    ]
-    facts = {**identity, "search": method, "seed": seed, "samples": num_samples}
-    return ParetoFront(points, dense.to_dict(), cost=cost, lengths=table.lengths, facts=facts)
+
+    def evaluate(sample: Sample, mask: PruningMask) -> float:
+        small = subnetwork(model, mask, space.units)
+        with evaluating(small):
+            return float(error_of(small))
+
+    options = {"method": method, "seed": seed, "storage": storage, "name": study_name}
+    return Search(space, table, cost, identity, num_samples, options).run(evaluate)
 
 
-class _Search:
-    """The main process asks the study for sub-networks, all processes evaluate them, the main process tells."""
+class Search:
+    """The main process asks a study for sub-networks, all processes evaluate them, the main process tells.
+
+    Args:
+        space ([`SearchSpace`]): The sub-networks.
+        table ([`CostTable`]): Their costs.
+        cost (`str`): The one that counts.
+        identity (`dict`): What must stay the same in a study.
+        num_samples (`int`): Sub-networks to draw in all.
+        options (`dict`): For [`SearchStudy`].
+    """
+
+    study: SearchStudy  # in the main process alone
 
     def __init__(
         self,
-        model: PreTrainedModel,
         space: SearchSpace,
-        error_of: Callable[[PreTrainedModel], float],
         table: CostTable,
         cost: Metric,
+        identity: dict[str, Any],
         num_samples: int,
+        options: dict[str, Any],
     ) -> None:
-        self.model, self.space, self.error_of = model, space, error_of
-        self.table, self.cost, self.num_samples = table, cost, num_samples
-        self.study: SearchStudy  # in the main process
+        if type(num_samples) is not int or num_samples < 1:
+            raise ConfigError(f"num_samples must be a whole number of at least 1, got {num_samples!r}.")
+        space.mask(space.largest).check(table.units)
+        self.space, self.table, self.cost, self.dense = space, table, cost, table.of()
+        self.identity, self.num_samples, self.options = identity, num_samples, options
 
-    def run(self, open_study: Callable[[], SearchStudy]) -> list[tuple[Member, float]]:
-        def opened() -> int:
-            self.study = open_study()
-            return len(self.study)
-
-        done = from_main_process(opened)
-        hidden = not process_state().is_main_process or None  # None: only where stderr is a terminal
-        with tqdm(total=self.num_samples, initial=min(done, self.num_samples), desc="search", disable=hidden) as bar:
-            while (sample := from_main_process(self._next)) is not None:
-                self._evaluate(sample)
-                bar.update()
-        evaluated = from_main_process(lambda: self.study.evaluated())
+    def run(self, evaluate: Callable[[Sample, PruningMask], float | None]) -> ParetoFront:
+        """Search with a function that returns the error of a sub-network, or `None` if it was given up early."""
+        with quiet():
+            done = from_main_process(self._open)
+            hidden = not process_state().is_main_process or None  # None: only where stderr is a terminal
+            with tqdm(
+                total=self.num_samples, initial=min(done, self.num_samples), desc="search", disable=hidden
+            ) as bar:
+                while (sample := from_main_process(self._next)) is not None:
+                    self._evaluate(sample, evaluate)
+                    bar.update()
+            evaluated = from_main_process(lambda: self.study.evaluated())
         if not evaluated:
             raise CalibrationError(
                 f"None of {self.num_samples} sub-networks has a finite error: check the metric and the weights."
             )
-        return evaluated
+        points = []
+        for member, error in evaluated:
+            mask = self.space.mask(member)
+            points.append(SubNetwork(member, error, self.table.of(mask).to_dict(), mask))
+        facts = {**self.identity, "samples": self.num_samples, "search": self.options["method"]}
+        facts["seed"] = self.options["seed"]
+        return ParetoFront(points, self.dense.to_dict(), cost=self.cost, lengths=self.table.lengths, facts=facts)
+
+    def _open(self) -> int:
+        self.study = SearchStudy(self.space, self.identity, **self.options)
+        return len(self.study)
 
     def _next(self) -> Sample | None:
         return self.study.ask() if len(self.study) < self.num_samples else None
 
-    def _evaluate(self, sample: Sample) -> None:
+    def cost_of(self, mask: PruningMask) -> float:
+        """The cost that counts, as a ratio to that of the whole model."""
+        return self.table.of(mask)[self.cost] / self.dense[self.cost]
+
+    def _evaluate(self, sample: Sample, evaluate: Callable[[Sample, PruningMask], float | None]) -> None:
         mask = self.space.mask(sample.member)
         try:
-            if (error := sample.error) is None:
-                small = subnetwork(self.model, mask)
-                with evaluating(small):
-                    error = float(self.error_of(small))
+            error = sample.error if sample.error is not None else evaluate(sample, mask)
         except BaseException as failure:
             if process_state().is_main_process:
                 # An interrupted sub-network comes again, one that can't be evaluated does not.
                 self.study.fail(sample, again=not isinstance(failure, Exception))
             raise
-        if math.isfinite(error):
-            from_main_process(lambda: self.study.tell(sample, error, self.table.of(mask)[self.cost]))
-            return
-        reason = f"The sub-network {reprlib.repr(sample.member)} has the error {error}"
-        logger.warning("%s: it is left out.", reason)
-        from_main_process(lambda: self.study.fail(sample, reason))
+        if error is None:
+            from_main_process(lambda: self.study.stop(sample))
+        elif math.isfinite(error):
+            from_main_process(lambda: self.study.tell(sample, error, self.cost_of(mask)))
+        else:
+            reason = f"The sub-network {reprlib.repr(sample.member)} has the error {error}"
+            logger.warning("%s: it is left out.", reason)
+            from_main_process(lambda: self.study.fail(sample, reason))
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """SHA-256 of the weights."""
+    return update_digest(hashlib.sha256(), model.state_dict()).hexdigest()
 
 
 def _labelled(model: PreTrainedModel, data: Any, **options: Any) -> Calibrator:

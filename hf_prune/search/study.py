@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 import psutil
 from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -53,6 +54,8 @@ class SearchStudy:
         storage (`str`, path or `BaseStorage`, *optional*): An URL of a database, or the path of a journal. In memory
             by default.
         name (`str`): Of the study in the storage.
+        pruner (`BasePruner`, *optional*): Decides after each report whether an evaluation is worth going on. Optuna's
+            pruners know one objective only: with one, it is the sum of error and cost.
 
     Raises:
         ConfigError: The method is unknown, or not for spaces as large as this; the storage can't be opened, or has a
@@ -68,6 +71,7 @@ class SearchStudy:
         seed: int,
         storage: str | os.PathLike[str] | BaseStorage | None,
         name: str,
+        pruner: BasePruner | None = None,
     ) -> None:
         if method not in METHODS:
             raise ConfigError(unknown("search method", method, METHODS))
@@ -79,6 +83,7 @@ class SearchStudy:
             )
         self.space, self.method, self.seed = space, method, seed
         self._trials: dict[int, optuna.Trial] = {}  # asked for, and not told yet
+        self._objectives = 2 if pruner is None else 1
         # Members of large spaces stay one piece, else a database would write for a minute.
         separate = count <= max(_MOST.values())
         self._distributions: dict[str, BaseDistribution] = {
@@ -86,7 +91,11 @@ class SearchStudy:
         }
         try:
             self._study = optuna.create_study(
-                storage=_storage(storage), study_name=name, directions=["minimize"] * 2, load_if_exists=True
+                storage=_storage(storage),
+                study_name=name,
+                directions=["minimize"] * self._objectives,
+                pruner=pruner,
+                load_if_exists=True,
             )
         except ConfigError:
             raise
@@ -101,7 +110,7 @@ class SearchStudy:
     def _check(self, identity: Mapping[str, Any], which: str) -> None:
         known = self._study.user_attrs.get("hf_prune")
         if known is None:
-            if self._study.get_trials(deepcopy=False) or len(self._study.directions) != 2:
+            if self._study.get_trials(deepcopy=False) or len(self._study.directions) != self._objectives:
                 raise ConfigError(f"{which} is no search of hf_prune: give another study_name.")
             self._study.set_user_attr("hf_prune", dict(identity))
             return
@@ -133,9 +142,10 @@ class SearchStudy:
     # Ask and tell
 
     def __len__(self) -> int:
-        """How many members are done with: evaluated, or found to have no finite error."""
-        trials = self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.FAIL))
-        return sum(trial.state == TrialState.COMPLETE or "error" in trial.user_attrs for trial in trials)
+        """How many members are done with: evaluated, given up early, or found to have no finite error."""
+        trials = self._study.get_trials(deepcopy=False)
+        done = (TrialState.COMPLETE, TrialState.PRUNED)
+        return sum(trial.state in done or "reason" in trial.user_attrs for trial in trials)
 
     def ask(self) -> Sample:
         """The next member to evaluate."""
@@ -151,17 +161,33 @@ class SearchStudy:
                 drawn = sampler.draw(self._study)
             trial.set_user_attr("member", list(self.space.fit(drawn).values()))
         values = trial.user_attrs["member"]
-        known = (t.values[0] for t in trials if t.state == TrialState.COMPLETE and t.user_attrs["member"] == values)
+        done = (t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs["member"] == values)
+        known = (t.user_attrs["error"] for t in done)
         return Sample(trial.number, self._member(trial), next(known, None))
 
     def tell(self, sample: Sample, error: float, cost: float) -> None:
         """How good a member is."""
-        self._study.tell(self._trials.pop(sample.number), [error, cost])
+        trial = self._trials.pop(sample.number)
+        trial.set_user_attr("error", error)
+        self._study.tell(trial, self._values(error, cost))
+
+    def _values(self, error: float, cost: float) -> list[float]:
+        return [error, cost] if self._objectives == 2 else [error + cost]
+
+    def report(self, sample: Sample, step: int, error: float, cost: float) -> bool:
+        """How good a member is so far. Whether it is worth going on."""
+        trial = self._trials[sample.number]
+        trial.report(self._values(error, cost)[0], step)
+        return not trial.should_prune()
+
+    def stop(self, sample: Sample) -> None:
+        """A member was given up early."""
+        self._study.tell(self._trials.pop(sample.number), state=TrialState.PRUNED)
 
     def fail(self, sample: Sample, reason: str | None = None, again: bool = False) -> None:
         """A member has no finite error, for a `reason`; or it was broken off, and shall come `again`."""
         if reason is not None:
-            self._trials[sample.number].set_user_attr("error", reason)
+            self._trials[sample.number].set_user_attr("reason", reason)
         self._study.tell(self._trials.pop(sample.number), state=TrialState.FAIL)
         if again:
             self._enqueue(sample.member)
@@ -170,7 +196,7 @@ class SearchStudy:
         """The members that were evaluated, each once, with their errors."""
         found: dict[tuple[int, ...], tuple[Member, float]] = {}
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            found.setdefault(tuple(trial.user_attrs["member"]), (self._member(trial), trial.values[0]))
+            found.setdefault(tuple(trial.user_attrs["member"]), (self._member(trial), trial.user_attrs["error"]))
         return list(found.values())
 
     def _member(self, trial: FrozenTrial | optuna.Trial) -> Member:

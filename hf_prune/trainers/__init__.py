@@ -6,11 +6,14 @@ from .arguments import (
     PruningTrainingArguments,
     Seq2SeqPassTrainingArguments,
     Seq2SeqPruningTrainingArguments,
+    Seq2SeqSuperNetTrainingArguments,
+    SuperNetTrainingArguments,
 )
 from .callbacks import GradualSparsityCallback, KeepMaskCallback
 from .distillation import distillation_loss
 from .pass_ import PassCallback, PassTrainer, Seq2SeqPassTrainer
 from .pruning import PruningTrainer, Seq2SeqPruningTrainer
+from .supernet import Seq2SeqSuperNetTrainer, SuperNetTrainer
 
 __all__ = [
     "GradualSparsityCallback",
@@ -25,5 +28,9 @@ __all__ = [
     "Seq2SeqPassTrainingArguments",
     "Seq2SeqPruningTrainer",
     "Seq2SeqPruningTrainingArguments",
+    "Seq2SeqSuperNetTrainer",
+    "Seq2SeqSuperNetTrainingArguments",
+    "SuperNetTrainer",
+    "SuperNetTrainingArguments",
     "distillation_loss",
 ]

@@ -6,7 +6,10 @@ from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown
+from ..search.spaces import known_spaces
+
+STRATEGIES = ("standard", "random", "linear_random", "sandwich", "kd", "full")
 
 
 @dataclass
@@ -112,6 +115,47 @@ class PassTrainingArguments(PassOptions, PruningTrainingArguments):
 
 
 @dataclass
+class SuperNetTrainingArguments(PruningTrainingArguments):
+    """Arguments of [`SuperNetTrainer`]: those of [`PruningTrainingArguments`], and
+
+    Args:
+        strategy (`str`, *optional*, defaults to `"full"`): What is trained in a step: `"standard"` the whole network;
+            `"random"` sub-networks by chance; `"linear_random"` one or the other, sub-networks with a probability
+            that grows from 0 to 1; `"sandwich"` the whole network, the smallest sub-network, and others by chance;
+            `"kd"` as `"linear_random"`, with sub-networks that learn the logits of the whole network; `"full"` as
+            `"sandwich"`, with sub-networks that learn its logits.
+        search_space (`str`, *optional*, defaults to `"small"`): `"small"`, `"layer"`, `"medium"` or `"large"`.
+        num_subnetworks (`int`, *optional*, defaults to 2): k, how many sub-networks are drawn in a step.
+        temperature (`float`, *optional*, defaults to 10.0): T, at which sub-networks learn the logits.
+
+    Raises:
+        ConfigError: An option is unknown or out of range.
+    """
+
+    strategy: str = field(
+        default="full",
+        metadata={"help": f"What is trained in a step: {', '.join(STRATEGIES)}.", "choices": STRATEGIES},
+    )
+    search_space: str = field(
+        default="small", metadata={"help": "Which sub-networks there are.", "choices": known_spaces()}
+    )
+    num_subnetworks: int = field(default=2, metadata={"help": "How many sub-networks are drawn in a step."})
+    temperature: float = field(
+        default=10.0, metadata={"help": "Temperature at which sub-networks learn the logits of the whole network."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.strategy not in STRATEGIES:
+            raise ConfigError(unknown("strategy", self.strategy, STRATEGIES))
+        if self.search_space not in known_spaces():
+            raise ConfigError(unknown("search space", self.search_space, known_spaces()))
+        if type(self.num_subnetworks) is not int or self.num_subnetworks < 1:
+            raise ConfigError(f"num_subnetworks must be a whole number of at least 1, got {self.num_subnetworks!r}.")
+        _check_positive(self, "temperature")
+
+
+@dataclass
 class Seq2SeqPruningTrainingArguments(PruningTrainingArguments, Seq2SeqTrainingArguments):  # type: ignore[misc]
     """Arguments of [`Seq2SeqPruningTrainer`]: those of [`PruningTrainingArguments`] and `Seq2SeqTrainingArguments`."""
 
@@ -119,6 +163,11 @@ class Seq2SeqPruningTrainingArguments(PruningTrainingArguments, Seq2SeqTrainingA
 @dataclass
 class Seq2SeqPassTrainingArguments(PassTrainingArguments, Seq2SeqTrainingArguments):  # type: ignore[misc]
     """Arguments of [`Seq2SeqPassTrainer`]: those of [`PassTrainingArguments`] and `Seq2SeqTrainingArguments`."""
+
+
+@dataclass
+class Seq2SeqSuperNetTrainingArguments(SuperNetTrainingArguments, Seq2SeqTrainingArguments):  # type: ignore[misc]
+    """Arguments of [`Seq2SeqSuperNetTrainer`]: [`SuperNetTrainingArguments`] and `Seq2SeqTrainingArguments`."""
 
 
 def check_whole_model(args: TrainingArguments) -> None:

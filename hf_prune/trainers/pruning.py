@@ -122,21 +122,30 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             taught = self.teacher_model(**given)
-        names = [name for name in outputs if name.endswith("logits")]
-        if not names:
-            raise ConfigError(f"Distillation needs logits, this model returns {', '.join(outputs)}.")
+        distance = self.distance(given, outputs, taught, self.args.distillation_temperature, num_items_in_batch)
+        loss = (1 - weight) * loss + weight * distance
+        return (loss, outputs) if return_outputs else loss
+
+    def distance(
+        self, inputs: dict[str, Any], outputs: Any, taught: Any, temperature: float, num_items_in_batch: Any
+    ) -> torch.Tensor:
+        """[`distillation_loss`] of all logits, over the positions and items that the task's loss counts.
+
+        Args:
+            inputs (`dict`): What the model was called with, labels included.
+            outputs, taught (`ModelOutput`): What the model and its teacher returned.
+            temperature (`float`): See [`distillation_loss`].
+            num_items_in_batch (*optional*): What the `Trainer` hands to `compute_loss`.
+        """
         # As the task's loss: over all items of the step where the Trainer counts them, else a mean of this batch.
         items = num_items_in_batch if self.model_accepts_loss_kwargs or self.compute_loss_func is not None else None
         if items is not None and self.args.average_tokens_across_devices:
             items = items / self.accelerator.num_processes
-        distance = torch.zeros((), device=loss.device)
-        for name in names:
-            keep = counted_positions(given, outputs[name], self._loss_shifts_labels)
-            distance += distillation_loss(
-                outputs[name], taught[name], self.args.distillation_temperature, keep, items
-            ) / len(names)
-        loss = (1 - weight) * loss + weight * distance
-        return (loss, outputs) if return_outputs else loss
+        losses = []
+        for name in logits_of(outputs):
+            keep = counted_positions(inputs, outputs[name], self._loss_shifts_labels)
+            losses.append(distillation_loss(outputs[name], taught[name], temperature, keep, items))
+        return torch.stack(losses).mean()
 
     # Saving
 
@@ -183,6 +192,18 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     def facts(self) -> dict[str, Any]:
         """What the report says about the run beyond hyperparameters and costs."""
         return {"steps": self.state.global_step, "metrics": self.metrics}
+
+
+def logits_of(outputs: Any) -> list[str]:
+    """Names of the logits among the outputs of a model.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    names = [name for name in outputs if name.endswith("logits")]
+    if not names:
+        raise ConfigError(f"Distillation needs logits, this model returns {', '.join(outputs)}.")
+    return names
 
 
 class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]
