@@ -13,7 +13,7 @@ from tiny import parameters_as_time, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import hf_prune
-from hf_prune import benchmark, cli, known_pruners, model_costs
+from hf_prune import benchmark, known_pruners, model_costs
 from hf_prune.cli import loading, main, prune
 from hf_prune.costs import CostTable
 from hf_prune.errors import InfeasibleBudgetError
@@ -115,7 +115,7 @@ class TestUsage:
         assert out.count("Needs no data.") == sum(not get_pruner(name).needs_data for name in known_pruners())
 
     def test_tasks_are_auto_classes_that_can_be_prunable(self):
-        for name in cli.TASKS.values():
+        for name in loading.TASKS.values():
             assert getattr(hf_prune, name.replace("Auto", "AutoPrunable")).auto_class == name
             assert hasattr(transformers, name)
 

@@ -8,7 +8,52 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from ..benchmark import compare, comparison_table
+from .arguments import MODEL, add_device, count
 from .loading import check_device, resolve, trying
+
+_DESCRIPTION = """\
+Measure checkpoints side by side: latency (median and 95th percentile of one
+forward pass), peak memory, size on disk, MACs and parameters. The models take
+turns on the same random inputs, so that a busy machine slows all of them down
+alike; the figures of two calls do not compare.
+"""
+_EXAMPLES = """\
+examples:
+  hf-prune bench ./bert-sst2-60 --against ./bert-sst2
+  hf-prune bench ./bert-80 ./bert-60 --against ./bert --batch-size 1 32 \\
+      --threads 4 --json > bench.json
+
+The table is Markdown, with ratios to the first model.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and its arguments."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.add_argument("models", nargs="+", metavar="MODEL", help=MODEL)
+    parser.add_argument("--against", metavar="DENSE", help="the model to compare with; default: the first MODEL")
+    parser.add_argument(
+        "--batch-size",
+        type=count,
+        nargs="+",
+        default=[1, 8],
+        metavar="N",
+        help="examples in a batch, at least 1; latency is measured at each size given; default: 1 8",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=count,
+        default=128,
+        metavar="TOKENS",
+        help="tokens in each example, at least 1; default: %(default)s",
+    )
+    parser.add_argument(
+        "--repeats", type=count, default=30, metavar="N", help="timed passes, at least 1; default: %(default)s"
+    )
+    parser.add_argument(
+        "--threads", type=count, metavar="N", help="threads on the CPU, at least 1; default: what torch takes"
+    )
+    add_device(parser)
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:

@@ -15,7 +15,36 @@ from ..depth import droppable
 from ..masks import PruningMask
 from ..methods import get_pruner, known_pruners
 from ..units import Kind, PrunableUnits, UnitGroup, base_model, head_counts
+from .arguments import add_model, count
 from .loading import how_it_loads, load_model, loading_sentence, resolve
+
+_DESCRIPTION = """\
+Show what of a model can be pruned: its heads (KV groups under grouped-query
+attention), neurons and layers, what they cost, which of them plain transformers
+loads in smaller number, and how far each method can go. The weights are loaded,
+on the CPU, and nothing is changed.
+"""
+_EXAMPLES = """\
+examples:
+  hf-prune inspect google-bert/bert-base-uncased
+  hf-prune inspect ./bert-sst2-60 --sequence-length 64 --json
+
+MACs are the multiply-accumulates of the layers in one forward pass over one
+example; embeddings and task head are left out.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and its arguments."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    add_model(parser)
+    parser.add_argument(
+        "--sequence-length",
+        type=count,
+        default=128,
+        metavar="TOKENS",
+        help="tokens per example at which MACs are counted, at least 1; default: %(default)s",
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:

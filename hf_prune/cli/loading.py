@@ -12,7 +12,19 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrained
 
 from ..errors import ConfigError, PruningError
 from ..layout import KEY
-from . import TASKS
+
+TASKS = {
+    "base": "AutoModel",
+    "causal-lm": "AutoModelForCausalLM",
+    "image-classification": "AutoModelForImageClassification",
+    "masked-lm": "AutoModelForMaskedLM",
+    "multiple-choice": "AutoModelForMultipleChoice",
+    "question-answering": "AutoModelForQuestionAnswering",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+    "speech-seq2seq": "AutoModelForSpeechSeq2Seq",
+    "token-classification": "AutoModelForTokenClassification",
+}
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from ..hub import save_pretrained
 from ..methods import MethodConfig, RecoverableConfig, WeightPruningConfig, get_pruner, known_pruners
 from ..pruning import prune
 from ..surgery import shrink
+from .arguments import add_device, add_model, count, limit, setting
 from .loading import check_device, how_it_loads, load_model, load_processor, loading_sentence, resolve, trying
 
 _FILES: dict[str, dict[str, Any]] = {
@@ -30,6 +31,153 @@ _FILES: dict[str, dict[str, Any]] = {
     # Quotation marks are text in a .tsv: as quotes, an odd one would swallow the lines up to the next.
     ".tsv": {"path": "csv", "delimiter": "\t", "quoting": csv.QUOTE_NONE},
 }
+_DESCRIPTION = """\
+Make a model smaller: choose the heads and neurons to keep, cut the others out,
+save the result, and reload it to compare its outputs before the command ends.
+Methods with --sparsity or --pattern zero single weights instead, which makes no
+model smaller or faster by itself.
+Methods that look at activations want a few hundred to a few thousand examples
+like those of the task. Plain text without labels will do, except for
+encoder-decoders, which need columns of input_ids and labels.
+"""
+_EXAMPLES = """\
+examples:
+  hf-prune prune ./bert-sst2 --method kcm --budget macs=0.6 \\
+      --dataset reviews.txt --output ./bert-sst2-60
+  hf-prune prune ./bert-sst2 --method kcm --set recover=scale \\
+      --budget macs=0.6 --allocation uniform --multiple-of 64 \\
+      --dataset stanfordnlp/sst2 --text-column sentence --output ./bert-uniform
+  hf-prune prune Qwen/Qwen3-0.6B --method magnitude --budget params=0.8 \\
+      --exclude 'layers.0.*' --output ./qwen3-80
+  hf-prune prune Qwen/Qwen3-0.6B --method wanda --pattern 2:4 \\
+      --dataset texts.txt --max-samples 128 --output ./qwen3-2of4
+
+--json prints the report, the folder, and how the result loads.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and its arguments."""
+    parser.description, parser.epilog = _DESCRIPTION, f"{_methods()}\n\n{_EXAMPLES}"
+    add_model(parser)
+    parser.add_argument("--method", required=True, help="how to choose what stays, see below")
+    parser.add_argument(
+        "--budget",
+        type=limit,
+        action="append",
+        metavar="METRIC=LIMIT",
+        help="the most that the pruned model may cost: the ratio to keep, in (0, 1], or an absolute whole number; of "
+        "macs, params (parameters), memory (bytes of weights) or latency (measured on the device; above 1 it is in "
+        "milliseconds). Given several times, all limits hold",
+    )
+    parser.add_argument(
+        "--sparsity",
+        type=float,
+        metavar="SHARE",
+        help="for methods that zero single weights and leave the shapes: the share to zero, in [0, 1)",
+    )
+    parser.add_argument(
+        "--pattern",
+        metavar="N:M",
+        help="for the same methods, instead of --sparsity: keep N of every M consecutive inputs, such as 2:4",
+    )
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="where to save; a model in it is replaced")
+    parser.add_argument(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the method, see below; may be given several times",
+    )
+    parser.add_argument(
+        "--allocation",
+        choices=("global", "uniform"),
+        help="global: units compete over all layers; uniform: each layer keeps equally many, in numbers that plain "
+        "transformers loads; default: global",
+    )
+    parser.add_argument(
+        "--multiple-of",
+        type=count,
+        metavar="N",
+        help="keep a multiple of N neurons in each layer, at least 1; 8 or 64 may run faster; default: 1, under a "
+        "budget of latency what is fast on the device",
+    )
+    parser.add_argument(
+        "--exclude",
+        nargs="+",
+        action="extend",
+        metavar="PATTERN",
+        help="units or matrices to keep whole, as shell patterns such as 'encoder.layer.0.*'; default: none",
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=count,
+        metavar="TOKENS",
+        help="tokens per example at which MACs are counted, at least 1; default: the mean of the data, 128 without",
+    )
+    parser.add_argument(
+        "--target-length",
+        type=count,
+        metavar="TOKENS",
+        help="the same for a decoder that follows an encoder; default: as above",
+    )
+    parser.add_argument(
+        "--drop-layers",
+        type=count,
+        metavar="N",
+        help="first drop the N layers that change the hidden states of the data least, at least 1; the budget counts "
+        "them as gone; default: none",
+    )
+    parser.add_argument(
+        "--latency-batch-size",
+        type=count,
+        metavar="N",
+        help="examples in the batch for a budget of latency, at least 1; default: 1",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        default="auto",
+        help="of the weights while pruning and when saved; default: auto, as they are stored",
+    )
+    add_device(parser)
+    parser.add_argument(
+        "--standalone",
+        action="store_true",
+        help="save code along, so that the model loads with trust_remote_code=True where hf_prune is not installed",
+    )
+    data = parser.add_argument_group("calibration data")
+    data.add_argument(
+        "--dataset",
+        metavar="FILE_OR_ID",
+        help="a .txt file (one example a line), a .jsonl, .json, .csv or .tsv file, or a dataset of the Hub",
+    )
+    data.add_argument("--dataset-config", metavar="NAME", help="configuration of a dataset of the Hub; default: none")
+    data.add_argument("--split", metavar="NAME", help="split of a dataset of the Hub; default: train")
+    data.add_argument(
+        "--text-column", metavar="NAME", help="the column with the text; default: the only column of strings"
+    )
+    data.add_argument(
+        "--max-samples",
+        type=count,
+        default=2048,
+        metavar="N",
+        help="read the first N examples, at least 1; shuffle data that are sorted by class; default: %(default)s",
+    )
+    data.add_argument(
+        "--batch-size",
+        type=count,
+        default=32,
+        metavar="N",
+        help="examples in a batch, at least 1; default: %(default)s",
+    )
+    data.add_argument(
+        "--max-length",
+        type=count,
+        metavar="TOKENS",
+        help="cut longer texts to this many tokens, at least 1; default: what tokenizer and model take",
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -163,7 +311,7 @@ def _legal(hint: Any) -> str:
     )
 
 
-def methods_help() -> str:
+def _methods() -> str:
     """The registered methods and their own options, in the words of their docstrings."""
     lines = ["methods, with their options for --set:"]
     width = get_terminal_size().columns - 2
