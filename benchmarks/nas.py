@@ -212,10 +212,10 @@ def table(args: argparse.Namespace) -> str:
         f"Accuracy on the dev set in percent. {plain['steps']} steps of 32 sentences of at most {plain['max_length']} "
         f"tokens for all, learning rate {plain['learning_rate']}, seed {plain['seed']}; random search of "
         f"{plain['samples']} sub-networks on {plain['validation']} validation sentences. Columns with a share of the "
-        "encoder's parameters: of the front's points with at most that share the one with the lowest validation error, "
-        "and in brackets its share. HV: hypervolume with the reference (2, 2), of errors and ratios of all parameters as "
-        "they are, and after spreading both by their ranks in all rows of the table as the paper does. CPU time relative "
-        "to plain fine-tuning.",
+        "encoder's parameters: of the front's points with at most that share the one with the lowest validation "
+        "error, and in brackets its share. HV: hypervolume with the reference (2, 2), of errors and ratios of all "
+        "parameters as they are, and after spreading both by their ranks in all rows of the table as the paper does. "
+        "CPU time relative to plain fine-tuning.",
         "",
     ]
     head = [*(f"≤ {share:.0%} of the encoder" for share in SHARES)]

@@ -21,6 +21,7 @@ from ..errors import PruningError
 COMMANDS = {
     "inspect": "show what of a model can be pruned, and what it costs",
     "prune": "make a model smaller, and save it",
+    "search": "find the best trade-offs of a super-network",
     "bench": "measure latency, memory and size side by side",
 }
 _DESCRIPTION = """\

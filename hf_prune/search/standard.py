@@ -38,15 +38,15 @@ def standard_nas(
     """Search by training every sub-network on its own, from the weights that the model has.
 
     What a search in a super-network ([`search_subnetworks`]) is to be compared with: it costs a training for each
-    sub-network. Those that do badly after an evaluation are given up. Klein et al. 2024 do so by successive halving over
-    both objectives (MO-ASHA); Optuna's pruners know one objective, so that here they see the sum of the error and of the
-    cost, as a ratio to that of the whole model.
+    sub-network. Those that do badly after an evaluation are given up. Klein et al. 2024 do so by successive halving
+    over both objectives (MO-ASHA); Optuna's pruners know one objective, so that here they see the sum of the error and
+    of the cost, as a ratio to that of the whole model.
 
     Args:
         model (`PreTrainedModel`): The pretrained model. It stays as it is.
         space ([`SearchSpace`]): Which sub-networks there are, made for this model.
-        trainer (`Callable`): Given a sub-network, as a model of its own, returns the `Trainer` that trains it. It needs
-            an `eval_strategy`.
+        trainer (`Callable`): Given a sub-network, as a model of its own, returns the `Trainer` that trains it. It
+            needs an `eval_strategy`.
         metric (`str`, *optional*, defaults to `"eval_loss"`): Which result of an evaluation counts.
         greater_is_better (`bool`, *optional*, defaults to `False`): Of the metric: its error is 1 - metric then.
         cost, table, seed, storage: See [`search_subnetworks`].
