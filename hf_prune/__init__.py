@@ -81,6 +81,7 @@ if TYPE_CHECKING:
         MediumSpace as MediumSpace,
         SearchSpace as SearchSpace,
         SmallSpace as SmallSpace,
+        order_units as order_units,
         search_space as search_space,
     )
     from .search.engine import search_subnetworks as search_subnetworks
@@ -175,7 +176,7 @@ _MODULES = {
     "reconstruction": ("reconstruct",),
     "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
-    "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "search_space"),
+    "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "order_units", "search_space"),
     "search.engine": ("search_subnetworks",),
     "search.front": ("ParetoFront", "SubNetwork"),
     "search.standard": ("standard_nas",),

@@ -50,13 +50,17 @@ def cut(module: Projection, index: torch.Tensor, side: str, select: Select = cop
 
 
 def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select: Select = copied) -> None:
-    """Keep some heads (KV groups) of an attention block. `keep`: bool of shape (units,). `select`: see [`cut`]."""
+    """Keep some heads (KV groups) of an attention block.
+
+    `keep`: bool of shape (units,), or the indices of those that stay, in their new order. `select`: see [`cut`].
+    """
     queries, keys, size = head_counts(layer, spec)
     group = queries // keys
-    kept = int(keep.sum())
+    index = _indices(keep)
+    kept = len(index)
 
     def rows(width: int) -> torch.Tensor:
-        return keep.repeat_interleave(width).nonzero().flatten()
+        return (index[:, None] * width + torch.arange(width)).flatten()
 
     attention = layer.get_submodule(spec.module)
     query_rows, key_rows = rows(group * size), rows(size)
@@ -85,9 +89,10 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select:
 
 
 def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor, select: Select = copied) -> None:
-    """Keep some neurons of a feed-forward block. `keep`: bool of shape (units,). `select`: see [`cut`]."""
-    index = keep.nonzero().flatten()
-    rows = torch.cat([index, len(keep) + index]) if spec.fused_gate else index
+    """Keep some neurons of a feed-forward block. `keep`, `select`: see [`cut_heads`]."""
+    index = _indices(keep)
+    total, _ = features(projection(layer, spec.output))
+    rows = torch.cat([index, total + index]) if spec.fused_gate else index
     for name in present_inputs(layer, spec):
         cut(projection(layer, name), rows, "outputs", select)
     cut(projection(layer, spec.output), index, "inputs", select)
@@ -96,11 +101,34 @@ def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor, sel
         setattr(layer.get_submodule(owner), name, len(index))
 
 
+def _indices(keep: torch.Tensor) -> torch.Tensor:
+    return keep.nonzero().flatten() if keep.dtype == torch.bool else keep
+
+
 def present_inputs(layer: nn.Module, spec: FeedForwardSpec) -> list[str]:
     """The input projections of a feed-forward block that this variant of the family has."""
     return [
         name for name in spec.inputs if hasattr(layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2])
     ]
+
+
+def reorder(layer: nn.Module, group: UnitGroup, order: torch.Tensor) -> None:
+    """Permute the units of a group of heads or neurons, in place: the layer computes the same function.
+
+    Args:
+        layer (`nn.Module`): The layer.
+        group ([`UnitGroup`]): The group.
+        order (`torch.Tensor`): Indices of all units in their new order.
+    """
+
+    def permuted(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return parameter.copy_(parameter.index_select(dim, index.to(parameter.device)))
+
+    if isinstance(group.block, AttentionSpec):
+        cut_heads(layer, group.block, order, permuted)
+    elif isinstance(group.block, FeedForwardSpec):
+        cut_neurons(layer, group.block, order, permuted)
 
 
 def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask, select: Select = copied) -> None:

@@ -593,17 +593,22 @@ for name in ("bert", "llama"):
 """
 
 
-def test_two_processes_train_the_same_gates_as_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
+def run_in_one_and_two_processes(text, folder):
+    """Run a script with (folder, number of processes) as its arguments."""
+    script = folder / "run.py"
+    script.write_text(text)
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
     two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     for command, processes in (([sys.executable], "1"), (two, "2")):
         done = subprocess.run(
-            [*command, script, tmp_path, processes], env=env, capture_output=True, text=True, timeout=300
+            [*command, script, folder, processes], env=env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_train_the_same_gates_as_one(tmp_path):
+    run_in_one_and_two_processes(SCRIPT, tmp_path)
     for run in ("bert-1", "bert-2", "llama-2"):
         one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
         assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))

@@ -1,5 +1,6 @@
-"""Search spaces of sub-networks."""
+"""Search spaces of sub-networks, and the order of units in them."""
 
+from .ordering import order_units
 from .spaces import LargeSpace, LayerSpace, MediumSpace, SearchSpace, SmallSpace, known_spaces, search_space
 
 __all__ = [
@@ -9,5 +10,6 @@ __all__ = [
     "SearchSpace",
     "SmallSpace",
     "known_spaces",
+    "order_units",
     "search_space",
 ]

@@ -18,6 +18,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -44,6 +45,7 @@ class SearchSpace(ABC):
             shell pattern: `{"num_layers": (2, 6)}`, `{"num_heads_*": (4, 12)}`.
         budget (`dict[str, float]`, *optional*): The most that a member may cost, as for pruning: `{"params": 0.5}`.
             Members that cost more are no members.
+        table ([`CostTable`], *optional*): The costs for the budget. Defaults to those at 128 tokens.
 
     Attributes:
         units ([`PrunableUnits`]): Units of the model.
@@ -72,6 +74,7 @@ class SearchSpace(ABC):
         *,
         bounds: Mapping[str, tuple[int, int]] | None = None,
         budget: Mapping[str, float] | None = None,
+        table: CostTable | None = None,
     ) -> None:
         self.units = prunable_units(model)
         # Per stack, per layer: what a member can narrow. The prefix tells the stacks of an encoder-decoder apart.
@@ -91,7 +94,7 @@ class SearchSpace(ABC):
             )
         self._table, self.limits = None, {}
         if budget is not None:
-            self._table = CostTable(model, self.units)
+            self._table = table if table is not None else CostTable(model, self.units)
             self.limits = resolve_budget(budget, self._table.of())
             lowest = self._mask({name: values[0] for name, values in self.parameters.items()})
             check_floor(self._table, self.limits, self._table.of(lowest), f"the space {self.name!r}")
@@ -380,9 +383,11 @@ class LargeSpace(SearchSpace):
     name = "large"
 
     def _parameters(self) -> dict[str, range]:
-        return {name: range(2) for names in self._names().values() for name in names}
+        return {name: range(2) for names in self._names.values() for name in names}
 
+    @cached_property
     def _names(self) -> dict[str, list[str]]:
+        """For each group the parameters of its units."""
         names = {}
         for label, group in self._groups():
             kind, _, layer = label.rpartition("_")
@@ -390,7 +395,7 @@ class LargeSpace(SearchSpace):
         return names
 
     def _keep(self, member: Member) -> dict[str, torch.Tensor]:
-        return {group: torch.tensor([bool(member[n]) for n in names]) for group, names in self._names().items()}
+        return {group: torch.tensor([bool(member[n]) for n in names]) for group, names in self._names.items()}
 
     def _is_bit(self, name: str) -> bool:
         return True
@@ -399,7 +404,7 @@ class LargeSpace(SearchSpace):
     def smallest(self) -> Member:
         """One head and one unit in the first layer of each stack."""
         member = {name: values[0] for name, values in self.parameters.items()}
-        names = self._names()
+        names = self._names
         for layers in self._layers.values():
             first = [names[group.name][0] for group in layers[0]]
             member |= {name: self.parameters[name][-1] for name in first}

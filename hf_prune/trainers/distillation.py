@@ -1,5 +1,7 @@
 """Distillation: a student learns the logits of a teacher."""
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 
@@ -40,6 +42,18 @@ def distillation_loss(
     if num_items is None:
         num_items = keep.sum().clamp_min(1) if keep is not None else loss.numel()
     return loss.sum() / num_items
+
+
+def logits_of(outputs: Any) -> list[str]:
+    """Names of the logits among the outputs of a model.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    names = [name for name in outputs if name.endswith("logits")]
+    if not names:
+        raise ConfigError(f"Distillation needs logits, this model returns {', '.join(outputs)}.")
+    return names
 
 
 def counted_positions(inputs: dict[str, torch.Tensor], logits: torch.Tensor, shifted: bool) -> torch.Tensor | None:

@@ -16,7 +16,7 @@ from ..report import PruningReport, unit_rows
 from ..surgery import shrunk_copy
 from ..units import prunable_units
 from .arguments import PruningTrainingArguments, check_whole_model
-from .distillation import counted_positions, distillation_loss
+from .distillation import counted_positions, distillation_loss, logits_of
 
 _HYPERPARAMETERS = (
     "learning_rate",
@@ -192,18 +192,6 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     def facts(self) -> dict[str, Any]:
         """What the report says about the run beyond hyperparameters and costs."""
         return {"steps": self.state.global_step, "metrics": self.metrics}
-
-
-def logits_of(outputs: Any) -> list[str]:
-    """Names of the logits among the outputs of a model.
-
-    Raises:
-        ConfigError: There are none.
-    """
-    names = [name for name in outputs if name.endswith("logits")]
-    if not names:
-        raise ConfigError(f"Distillation needs logits, this model returns {', '.join(outputs)}.")
-    return names
 
 
 class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]

@@ -15,8 +15,10 @@ from ..errors import ConfigError
 from ..gates import current_mask
 from ..search.spaces import Member, SearchSpace, search_space
 from ..slicing import subnetwork
+from ..units import prunable_units
 from .arguments import SuperNetTrainingArguments
-from .pruning import PruningTrainer, logits_of
+from .distillation import logits_of
+from .pruning import PruningTrainer
 
 _LINEAR = ("linear_random", "kd")
 _WITH_SMALLEST = ("sandwich", "full")
@@ -108,9 +110,8 @@ class SuperNetTrainer(PruningTrainer):
             )
         if current_mask(self.model) is not None:
             raise ConfigError("The model carries a mask: shrink it first, its sub-networks are parts of what is left.")
-        own = search_space(self.args.search_space, self.model)
-        self.space = own if space is None else space
-        if {g.name: g.size for g in self.space.units.values()} != {g.name: g.size for g in own.units.values()}:
+        self.space = space if space is not None else search_space(self.args.search_space, self.model)
+        if dict(self.space.units) != dict(prunable_units(self.model)):
             raise ConfigError("The search space is of a model of another shape: make it for this model.")
         self._teaches = False
         self._taught: dict[str, torch.Tensor] | None = None
