@@ -7,8 +7,8 @@
     python examples/nas_glue.py --model google-bert/bert-base-uncased --dataset nyu-mll/glue --dataset_config sst2 \\
         --search_space small --strategy full --num_train_epochs 3 --learning_rate 2e-5 --output_dir bert-sst2-nas
 
-The data may also be files, .tsv, .csv or .json lines, with a header: --train_file train.tsv --test_file dev.tsv. Of the
-training data 30 % are held out for the search; the test data say how good the chosen sub-network is. OUTPUT_DIR gets
+The data may also be files, .tsv, .csv or .json lines, with a header: --train_file train.tsv --test_file dev.tsv. 30 %
+of the training data are held out for the search; the test data say how good the chosen sub-network is. OUTPUT_DIR gets
 the super-network (`supernet`), the front with its plot, and the chosen sub-network (`model`).
 Several GPUs: accelerate launch --config_file examples/accelerate/multi_gpu.yaml examples/nas_glue.py ...
 """

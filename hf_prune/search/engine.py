@@ -213,7 +213,7 @@ class Search:
         except BaseException as failure:
             if process_state().is_main_process:
                 # An interrupted sub-network comes again, one that can't be evaluated does not.
-                self.study.fail(sample, again=not isinstance(failure, Exception))
+                self.study.fail(sample, repr(failure) if isinstance(failure, Exception) else None)
             raise
         if error is None:
             from_main_process(lambda: self.study.stop(sample))

@@ -150,7 +150,9 @@ class SearchStudy:
     def ask(self) -> Sample:
         """The next member to evaluate."""
         trials = self._study.get_trials(deepcopy=False)
-        sampler = self._study.sampler = self._sampler(len(trials))
+        # What was broken off comes again, and does not count.
+        counted = sum(t.state != TrialState.FAIL or "reason" in t.user_attrs for t in trials)
+        sampler = self._study.sampler = self._sampler(counted)
         trial = self._study.ask(self._distributions)
         self._trials[trial.number] = trial
         trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
@@ -184,12 +186,12 @@ class SearchStudy:
         """A member was given up early."""
         self._study.tell(self._trials.pop(sample.number), state=TrialState.PRUNED)
 
-    def fail(self, sample: Sample, reason: str | None = None, again: bool = False) -> None:
-        """A member has no finite error, for a `reason`; or it was broken off, and shall come `again`."""
+    def fail(self, sample: Sample, reason: str | None) -> None:
+        """A member has no finite error, for a reason; without one it was broken off, and comes again."""
         if reason is not None:
             self._trials[sample.number].set_user_attr("reason", reason)
         self._study.tell(self._trials.pop(sample.number), state=TrialState.FAIL)
-        if again:
+        if reason is None:
             self._enqueue(sample.member)
 
     def evaluated(self) -> list[tuple[Member, float]]:
