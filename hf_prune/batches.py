@@ -156,7 +156,7 @@ class _Reader:
 
     def _collate(self, items: list[Batch]) -> Batch:
         batch = {}
-        for key in items[0]:
+        for key in dict.fromkeys(key for item in items for key in item):
             if not all(key in item for item in items):
                 raise CalibrationError(f"Some examples have {key!r} and some have not.")
             values = [item[key] for item in items]

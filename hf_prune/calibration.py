@@ -458,9 +458,17 @@ class Calibrator:
         usable = {k: v for k, v in batch.items() if k in self._accepted and isinstance(v, torch.Tensor)}
         main = self.model.main_input_name
         if not usable or (main not in usable and "inputs_embeds" not in usable):
+            text = "Pass text with processing_class=tokenizer, or tokenised examples."
             raise CalibrationError(
                 f"{type(self.model).__name__} needs {main!r}, the calibration data have {sorted(map(str, batch))}. "
-                "Pass text with processing_class=tokenizer, or tokenised examples."
+                f"{text if main == 'input_ids' else 'Pass what its processor returns.'}"
+            )
+        ids = usable.get("input_ids")
+        size = self.model.config.get_text_config().vocab_size if ids is not None else 0
+        if ids is not None and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise CalibrationError(
+                f"The calibration data have token ids from {int(ids.min())} to {int(ids.max())}, the vocabulary of "
+                f"the model has {size}: were they made by another model's tokenizer?"
             )
         if self.labels and "labels" not in usable and not {"start_positions", "end_positions"} <= set(usable):
             raise CalibrationError("The method needs labels: the calibration data have no column 'labels' or 'label'.")

@@ -161,7 +161,12 @@ def model_costs(
     sequence_length: float = DEFAULT_LENGTH,
     target_length: float | None = None,
 ) -> Costs:
-    """What a model costs, with the mask it carries or another one, see [`CostTable`].
+    """What a model costs under a mask.
+
+    Args:
+        model (`PreTrainedModel`): The model, shrunk or not.
+        mask ([`PruningMask`], *optional*): Defaults to the one that the model carries.
+        sequence_length, target_length (`float`, *optional*): Tokens per example, see [`CostTable`].
 
     Raises:
         UnsupportedModelError: The family is unknown.

@@ -37,6 +37,7 @@ class PruningReport:
         processes (`int`): Number of processes.
         facts (`dict`): What the method has to say beyond that.
         packages (`dict[str, str]`): Versions.
+        schema_version (`int`): Of this format.
         latency (`dict`, *optional*): Under a budget of latency: measured milliseconds `before` and `after` (medians,
             in turns; `None` if memory did not suffice), `where` they were measured, the `multiple_of` that widths were
             rounded to, and the `table` of the predictions.

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 # Small matrices on few cores: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,8 +9,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from reader import furnish  # noqa: E402
+from tiny import parameters_as_time  # noqa: E402
 
 import hf_prune  # noqa: E402
+from hf_prune.architectures import registry  # noqa: E402
+from hf_prune.methods import base  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -37,3 +42,22 @@ def random_mask():
         return hf_prune.PruningMask(keep, units)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def _furnished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reader")
+    furnish(folder)
+    return folder
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch, _furnished):
+    """The working directory of someone who follows a page, see reader.py; what the page registers goes with it."""
+    shutil.copytree(_furnished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hf_prune.latency._clocked", parameters_as_time)
+    monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
+    monkeypatch.setattr(base, "_PRUNERS", dict(base._PRUNERS))
+    return tmp_path

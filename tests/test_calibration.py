@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny import tiny_batch, tiny_model
+from tiny import VOCAB, tiny_batch, tiny_model
 from torch.utils.data import DataLoader
 
 import hf_prune
@@ -179,6 +179,12 @@ BAD = {
         {},
         "have 'token_type_ids'|and some have not",
     ),
+    "some masks": (
+        [{"input_ids": [3, 4, 5]}, {"input_ids": [3, 0, 0], "attention_mask": [1, 0, 0]}],
+        {},
+        "Some examples have 'attention_mask'",
+    ),
+    "other tokenizer": ([{"input_ids": [3, VOCAB]}], {}, f"to {VOCAB}, the vocabulary of the model has {VOCAB}"),
 }
 
 

@@ -301,7 +301,10 @@ class Pruner(BasePruner[C]):
     ) -> None:
         """Refit the kept weights as the config says: the last step of [`~Pruner.prune`].
 
-        `calls` and `moments` of the method's own pass over the data save one here.
+        Args:
+            model, units, calibrator: As in [`~Pruner.prune`].
+            mask ([`PruningMask`]): What stays.
+            calls, moments (*optional*): Of the method's own pass over the data: they save one here.
         """
         recover = self.recovery(model, units)
         if recover == "none":
@@ -391,7 +394,7 @@ def register_pruner(name: str, config_class: type[MethodConfig]) -> Callable[[P]
     if name != name.lower() or not name.isidentifier():
         raise ConfigError(f"The name of a method is a lower-case identifier, got {name!r}.")
     if not issubclass(config_class, MethodConfig):
-        raise ConfigError(f"The config of {name!r} must subclass PruningConfig, got {config_class.__name__}.")
+        raise ConfigError(f"The config of {name!r} must subclass MethodConfig, got {config_class.__name__}.")
 
     def register(cls: P) -> P:
         for other in _PRUNERS.values():
