@@ -20,7 +20,7 @@ import hf_prune
 from hf_prune.metrics import Accuracy, Matthews, compute_metrics_for
 from hf_prune.search.evaluation import Evaluator
 from hf_prune.search.front import pareto_optimal
-from hf_prune.search.study import METHODS
+from hf_prune.search.study import METHODS, SearchStudy
 
 MODEL = tiny_model("bert")
 SPACE = hf_prune.search_space("small", MODEL)
@@ -391,21 +391,20 @@ search(error, storage=sys.argv[1], method="random")
         assert "RUNNING" not in [trial.state.name for trial in journal(tmp_path / "log").trials]
 
     def test_workers_share_a_study(self, tmp_path):
-        script = """
-import sys
-from test_search import search
-print(len(search(storage=sys.argv[1], num_samples=12, seed=int(sys.argv[2])).evaluated))
-"""
-        here = Path(__file__).parent
-        env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
+        identity = {"space": SPACE.describe()}
         workers = [
-            subprocess.Popen([sys.executable, "-c", script, tmp_path / "log", str(seed)], env=env) for seed in (1, 2)
+            SearchStudy(SPACE, identity, method="random", seed=seed, storage=tmp_path / "log", name="shared")
+            for seed in (1, 2)
         ]
-        assert [worker.wait(timeout=300) for worker in workers] == [0, 0]
-        trials = journal(tmp_path / "log").trials
-        assert 12 <= len(trials) <= 13 + 3  # the first members may have been enqueued by both
-        front = search(lambda model: 1 / 0, storage=tmp_path / "log", num_samples=12)
-        assert SPACE.largest in members(front)
+        for _ in range(6):  # both are at work at the same time
+            samples = [worker.ask() for worker in workers]
+            assert samples[0].number != samples[1].number and samples[0].member != samples[1].member
+            for worker, sample in zip(workers, samples, strict=True):
+                worker.tell(sample, 0.5, 0.5)
+        assert [len(worker) for worker in workers] == [12, 12]
+        assert workers[0].evaluated() == workers[1].evaluated()
+        found = [member for member, _ in workers[0].evaluated()]
+        assert found[:3] == [SPACE.largest, SPACE.smallest, SPACE.middle]
 
 
 class TestWrongCalls:
