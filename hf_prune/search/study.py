@@ -155,13 +155,13 @@ class SearchStudy:
         sampler = self._study.sampler = self._sampler(counted)
         trial = self._study.ask(self._distributions)
         self._trials[trial.number] = trial
-        trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
         if "member" not in trial.user_attrs:
             drawn: Member = trial.params
             if not drawn:
                 assert isinstance(sampler, _MemberSampler)
                 drawn = sampler.draw(self._study)
             trial.set_user_attr("member", list(self.space.fit(drawn).values()))
+        trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")  # last: with it the member comes again
         values = trial.user_attrs["member"]
         done = (t for t in trials if t.state == TrialState.COMPLETE and t.user_attrs["member"] == values)
         known = (t.user_attrs["error"] for t in done)
