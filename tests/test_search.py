@@ -14,7 +14,13 @@ import optuna
 import pytest
 import torch
 from tiny import FAMILIES, tiny_batch, tiny_model
-from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 import hf_prune
 from hf_prune.metrics import Accuracy, Matthews, compute_metrics_for
@@ -527,3 +533,19 @@ def test_two_processes_find_what_one_finds(tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     one, first, second = ((tmp_path / name).read_text() for name in ("1-0", "2-0", "2-1"))
     assert one == first == second
+
+
+@pytest.mark.slow
+def test_the_example(reader):
+    root = Path(__file__).parents[1]
+    options = "--model bert-sst2 --train_file train.jsonl --test_file train.jsonl --text_column text --max_steps 6"
+    options += " --samples 8 --params 0.7 --output_dir out --report_to none --save_strategy no"
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, root / "examples" / "nas_glue.py", *options.split()]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "evaluated sub-networks are on the front" in done.stdout and "Saved to out." in done.stdout
+    front = hf_prune.ParetoFront.load("out")
+    model = AutoModelForSequenceClassification.from_pretrained("out/model")
+    assert model.num_parameters() == front[front.select({"params": 0.7})].costs["params"]
+    assert Path("out/front.png").exists() and hf_prune.PruningReport.load("out/model").method == "nas"
