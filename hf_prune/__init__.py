@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         SaveError as SaveError,
         UnsupportedModelError as UnsupportedModelError,
     )
+    from .export import export_model as export_model
     from .gates import apply_mask as apply_mask, current_mask as current_mask, remove_mask as remove_mask
     from .hub import save_pretrained as save_pretrained
     from .latency import LatencyTable as LatencyTable, latency_table as latency_table
@@ -131,6 +132,7 @@ _MODULES = {
         "SaveError",
         "UnsupportedModelError",
     ),
+    "export": ("export_model",),
     "gates": ("apply_mask", "current_mask", "remove_mask"),
     "hub": ("save_pretrained",),
     "latency": ("LatencyTable", "latency_table"),
