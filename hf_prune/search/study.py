@@ -97,8 +97,6 @@ class SearchStudy:
                 pruner=pruner,
                 load_if_exists=True,
             )
-        except ConfigError:
-            raise
         except Exception as error:  # databases raise anything
             raise ConfigError(
                 f"Can't open the storage {storage!r}: {error}. Give an URL such as 'sqlite:///search.db', or the path "
