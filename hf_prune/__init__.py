@@ -90,6 +90,9 @@ if TYPE_CHECKING:
         order_units as order_units,
         search_space as search_space,
     )
+    from .search.engine import search_subnetworks as search_subnetworks
+    from .search.front import ParetoFront as ParetoFront, SubNetwork as SubNetwork
+    from .search.standard import standard_nas as standard_nas
     from .slicing import subnetwork as subnetwork
     from .surgery import shrink as shrink
     from .trainers import (
@@ -181,6 +184,9 @@ _MODULES = {
     "recovery": ("recover_with_lora",),
     "report": ("PruningReport",),
     "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "order_units", "search_space"),
+    "search.engine": ("search_subnetworks",),
+    "search.front": ("ParetoFront", "SubNetwork"),
+    "search.standard": ("standard_nas",),
     "slicing": ("subnetwork",),
     "surgery": ("shrink",),
     "trainers": (

@@ -1,5 +1,6 @@
 """Calibration data in any form in, padded batches of tensors out."""
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -39,6 +40,14 @@ def read_batches(
         return _whole_batches(data, max_samples)
     reader = _Reader(model, processing_class, text_column, max_length, labels)
     return list(reader.batches(list(islice(iter(data), max_samples)), batch_size))
+
+
+def update_digest(digest: "hashlib._Hash", tensors: Mapping[str, torch.Tensor]) -> "hashlib._Hash":
+    """Feed a digest with tensors and their names, in the order of the names. It comes back."""
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(name.encode() + values.numpy().tobytes())
+    return digest
 
 
 def _is_batch(item: Any) -> bool:

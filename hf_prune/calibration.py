@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate, pairwise
 from typing import Any, Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list, reduce, send_to_device
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .batches import Batch, read_batches
+from .batches import Batch, read_batches, update_digest
 from .errors import CalibrationError, ConfigError
 from .gates import LayerCalls, Observer, grad_inputs, observe, record_calls
 from .offload import execution_device
@@ -48,6 +48,19 @@ def from_main_process(compute: Callable[[], T]) -> T:
         raise outcome[0]
     result: T = outcome[0]
     return result
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Within the context a model runs without gradients and dropout; its training mode is restored."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 class Sums(Protocol):
@@ -422,17 +435,9 @@ class Calibrator:
                         "layers below it, and try float32 if the model runs in half precision."
                     )
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Without gradients and dropout; the training mode of the model is restored."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        return evaluating(self.model)
 
     def real_tokens(self, batch: Batch, stack: str) -> torch.Tensor | None:
         """Which positions of a batch are real in a stack: bool of shape (batch, tokens), `None` if all are."""
@@ -518,10 +523,7 @@ class Calibrator:
         for batch in batches:
             size = len(next(iter(batch.values())))
             self.samples += size
-            for name in sorted(batch):
-                digest.update(
-                    name.encode() + batch[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                )
+            update_digest(digest, batch)
             for stack, spec in self.units.stacks.items():
                 real = self.real_tokens(batch, stack)
                 if real is not None:

@@ -237,6 +237,49 @@ def _with_ratio(values: Sequence[float]) -> list[str]:
     return [f"{first:.3g}", *(f"{value:.3g}\n({value / first:.2f}×)" for value in others)]
 
 
+def plot_front(
+    evaluated: Sequence[tuple[float, float]],
+    front: Sequence[tuple[float, float]],
+    path: str | os.PathLike[str],
+    marked: Mapping[str, tuple[float, float]],
+    cost: str,
+) -> "Figure":
+    """Draw what a search found, error against cost, and other models to compare with.
+
+    Args:
+        evaluated, front (`list[tuple[float, float]]`): Cost, as a ratio to that of the whole model, and error of all
+            sub-networks, and of those on the front in the order of their cost.
+        path (`str` or `os.PathLike`): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+        marked (`dict[str, tuple[float, float]]`): Other models by name.
+        cost (`str`): Name of the cost.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure that was written.
+
+    Raises:
+        ConfigError: There is nothing to draw.
+    """
+    if not evaluated:
+        raise ConfigError("There are no sub-networks to plot.")
+    figure = _figure(7.0, 4.6)
+    axes = figure.add_subplot()
+    _style(axes, f"Error against {cost}: {len(front)} of {len(evaluated)} sub-networks are on the front")
+    x, y = zip(*evaluated, strict=True)
+    axes.scatter(x, y, s=14, color=_GREY, alpha=0.45, linewidths=0, label="evaluated")
+    x, y = zip(*front, strict=True)
+    axes.plot(x, y, drawstyle="steps-post", marker="o", ms=5, lw=1.6, color=_PALETTE[0], label="front")
+    for index, (name, point) in enumerate(marked.items()):
+        color, marker = _PALETTE[1 + index % (len(_PALETTE) - 1)], "sD^vPX"[index % 6]
+        axes.plot(*point, marker, ms=8, color=color, markeredgecolor="white", label=name)
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel(f"{cost} kept", color=_GREY)
+    axes.set_ylabel("error", color=_GREY)
+    figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, labelcolor=_INK)
+    figure.savefig(path)
+    return figure
+
+
 def _figure(width: float, height: float) -> "Figure":
     # A Figure of its own, not pyplot's: no global state to leak into a notebook, and no display needed.
     from matplotlib.figure import Figure

@@ -212,6 +212,22 @@ def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTraine
     return model
 
 
+def shrunk_copy(model: PreTrainedModel, mask: PruningMask) -> PreTrainedModel:
+    """What a mask leaves of a model, as a model of its own. A mask that the model carries does not count.
+
+    Raises:
+        As [`shrink`].
+    """
+    # Mixed precision puts a forward of its own on the instance, and a copy of it would call the original model.
+    forward = model.__dict__.pop("forward", None)
+    try:
+        small = copy.deepcopy(model)
+    finally:
+        if forward is not None:
+            model.forward = forward
+    return shrink(small, mask)
+
+
 def cut_model(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, select: Select = copied) -> None:
     """Cut the pruned units and layers of a model. Its config only gets the number of layers. `select`: see [`cut`]."""
     base = base_model(model)

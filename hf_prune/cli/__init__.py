@@ -23,6 +23,7 @@ from .run_file import parse_with_file
 COMMANDS = {
     "inspect": "show what of a model can be pruned, and what it costs",
     "prune": "make a model smaller, and save it",
+    "search": "find the best trade-offs of a super-network",
     "bench": "measure latency, memory and size side by side",
     "compare": "set pruning runs side by side: a table, a picture, a page",
     "export": "write a model as ONNX or torch.export",

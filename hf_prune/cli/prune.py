@@ -1,12 +1,10 @@
 """`hf-prune prune`: load, prune, shrink, save."""
 
 import argparse
-import csv
 import inspect
 import re
 from collections.abc import Iterable
 from dataclasses import MISSING, fields
-from itertools import islice
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import dedent, fill
@@ -15,22 +13,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from transformers import AutoConfig
 
-from ..errors import ConfigError, PruningError, unknown
+from ..errors import ConfigError, unknown
 from ..gates import current_mask
 from ..hub import save_pretrained
 from ..methods import MethodConfig, RecoverableConfig, WeightPruningConfig, get_pruner, known_pruners
 from ..pruning import prune
 from ..surgery import shrink
 from .arguments import add_device, add_model, count, limit, setting
-from .loading import check_device, how_it_loads, load_model, load_processor, loading_sentence, resolve, trying
+from .data import add_data, read_examples
+from .loading import check_device, how_it_loads, load_model, load_processor, loading_sentence, resolve
 
-_FILES: dict[str, dict[str, Any]] = {
-    ".jsonl": {"path": "json"},
-    ".json": {"path": "json"},
-    ".csv": {"path": "csv"},
-    # Quotation marks are text in a .tsv: as quotes, an odd one would swallow the lines up to the next.
-    ".tsv": {"path": "csv", "delimiter": "\t", "quoting": csv.QUOTE_NONE},
-}
 _DESCRIPTION = """\
 Make a model smaller: choose the heads and neurons to keep, cut the others out,
 save the result, and reload it to compare its outputs before the command ends.
@@ -147,37 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="save code along, so that the model loads with trust_remote_code=True where hf_prune is not installed",
     )
-    data = parser.add_argument_group("calibration data")
-    data.add_argument(
-        "--dataset",
-        metavar="FILE_OR_ID",
-        help="a .txt file (one example a line), a .jsonl, .json, .csv or .tsv file, or a dataset of the Hub",
-    )
-    data.add_argument("--dataset-config", metavar="NAME", help="configuration of a dataset of the Hub; default: none")
-    data.add_argument("--split", metavar="NAME", help="split of a dataset of the Hub; default: train")
-    data.add_argument(
-        "--text-column", metavar="NAME", help="the column with the text; default: the only column of strings"
-    )
-    data.add_argument(
-        "--max-samples",
-        type=count,
-        default=2048,
-        metavar="N",
-        help="read the first N examples, at least 1; shuffle data that are sorted by class; default: %(default)s",
-    )
-    data.add_argument(
-        "--batch-size",
-        type=count,
-        default=32,
-        metavar="N",
-        help="examples in a batch, at least 1; default: %(default)s",
-    )
-    data.add_argument(
-        "--max-length",
-        type=count,
-        metavar="TOKENS",
-        help="cut longer texts to this many tokens, at least 1; default: what tokenizer and model take",
-    )
+    add_data(parser, "calibration data")
 
 
 def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -196,7 +158,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     if output.resolve() == Path(name).resolve():
         args.error(f"--output {output} would overwrite the model that is pruned: give another folder")
 
-    data = _examples(args) if args.dataset is not None else None
+    data = read_examples(args) if args.dataset is not None else None
     model = load_model(name, args.task, dtype=args.dtype, device=device)
     processor = load_processor(name)
     result = prune(
@@ -340,28 +302,3 @@ def _filled(entries: list[str], width: int) -> list[str]:
         plain = " ".join(entry.replace("`", "").replace("*optional*, ", "").replace(", *optional*)", ")").split())
         lines.append(fill(plain, width, initial_indent=indent, subsequent_indent=f"{indent}    "))
     return lines
-
-
-# Data
-
-
-def _examples(args: argparse.Namespace) -> Any:
-    path = Path(args.dataset).expanduser()
-    is_file = path.suffix in (".txt", *_FILES)
-    if is_file and not path.is_file():
-        raise ConfigError(f"There is no file {args.dataset!r}.")
-    if path.is_file() and not is_file:
-        raise ConfigError(f"Can't read {args.dataset!r}: data files end in .txt, {', '.join(_FILES)}.")
-    if is_file and (args.split or args.dataset_config):
-        args.error("--split and --dataset-config are for datasets of the Hub, --dataset is a file")
-    with trying(f"read the data {args.dataset!r}"):
-        if path.suffix == ".txt":
-            with path.open(encoding="utf-8") as lines:
-                return list(islice(filter(None, map(str.strip, lines)), args.max_samples))
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise PruningError("All but .txt needs the datasets package: pip install datasets") from error
-        if is_file:
-            return load_dataset(**_FILES[path.suffix], data_files=str(path), split="train")
-        return load_dataset(args.dataset, args.dataset_config, split=args.split or "train")

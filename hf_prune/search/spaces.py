@@ -425,7 +425,12 @@ def known_spaces() -> list[str]:
 
 
 def search_space(name: str, model: PreTrainedModel, **options: Any) -> SearchSpace:
-    """The space of a name for a model. `options`: see [`SearchSpace`].
+    """The space of a name for a model.
+
+    Args:
+        name (`str`): `"small"`, `"layer"`, `"medium"` or `"large"`.
+        model (`PreTrainedModel`): The super-network.
+        options: See [`SearchSpace`].
 
     Raises:
         ConfigError: There is no such space, or see [`SearchSpace`].

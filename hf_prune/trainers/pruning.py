@@ -19,7 +19,7 @@ from ..hub.push import Repository
 from ..masks import PruningMask
 from ..methods import Paper
 from ..report import PruningReport, unit_rows
-from ..surgery import shrink
+from ..surgery import shrunk_copy
 from ..units import prunable_units
 from .arguments import PruningTrainingArguments, check_whole_model
 from .distillation import counted_positions, distillation_loss, logits_of
@@ -278,23 +278,15 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             self._checkpointing = True
 
     def _pruned(self) -> tuple[PreTrainedModel, PruningMask, PruningReport]:
-        # Mixed precision puts a forward of its own on the instance, and a copy of it would call the original model.
-        forward = self.model.__dict__.pop("forward", None)
-        try:
-            model = copy.deepcopy(self.model)
-        finally:
-            if forward is not None:
-                self.model.forward = forward
         mask = self.pruning_mask()
-        remove_mask(model)
-        table = CostTable(model)
+        table = CostTable(self.model)
         given = self.args.to_dict()
         stock = {field.name for field in fields(Seq2SeqTrainingArguments)}
         own = [field.name for field in fields(self.args) if field.name not in stock]
         report = PruningReport(
             method=self.method,
             config={"method": self.method, **{name: given[name] for name in (*own, *_HYPERPARAMETERS)}},
-            model_class=type(model).__name__,
+            model_class=type(self.model).__name__,
             model_type=table.units.model_type,
             before=table.of().to_dict(),
             after=table.of(mask).to_dict(),
@@ -307,7 +299,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             evaluation=self._evaluation(),
             metadata=dict(self.card_metadata),
         )
-        return shrink(model, mask), mask, report
+        return shrunk_copy(self.model, mask), mask, report
 
     def _evaluation(self) -> list[dict[str, Any]]:
         """The metrics of the dense and the pruned model, side by side."""
