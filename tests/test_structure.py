@@ -13,7 +13,7 @@ ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
     ["errors", "architectures", "offload"],
     ["units", "masks", "weight_masks"],
-    ["gates", "surgery", "slicing", "layout", "costs", "batches", "divergence", "timing", "latency"],
+    ["gates", "surgery", "slicing", "layout", "compression", "costs", "batches", "divergence", "timing", "latency"],
     ["calibration", "selection", "reconstruction", "depth", "blockwise"],
     ["methods", "report"],
     ["pruning", "benchmark", "metrics", "plots"],
