@@ -92,8 +92,8 @@ def test_roads_into_memory(options, how, tmp_path):
         "auto": {"device_map": "auto"},
         "no mmap": {"disable_mmap": True},
         "disk": {
-            "device_map": {"model.layers.1": "disk", "model.layers.2": "disk"}
-            | dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
+            "device_map": {"model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"}
+            | dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu"),
             "offload_folder": str(tmp_path / "offload"),
         },
     }[how]

@@ -32,7 +32,7 @@ from ..masks import PruningMask
 from ..offload import execution_device
 from ..report import PruningReport
 from ..timing import example_inputs
-from ..units import PrunableUnits, prunable_units, site
+from ..units import PrunableUnits, forget_gguf, prunable_units, site
 from ..weight_masks import WeightMask
 from .standalone import add_standalone_code
 
@@ -93,6 +93,7 @@ def save_pretrained(
     if target.exists() and not target.is_dir():
         raise SaveError(f"{target} is a file: give a folder.")
     options.pop("state_dict", None)
+    forget_gguf(model)
     carried = current_mask(model)
     state = model.state_dict()
     if carried is not None:
