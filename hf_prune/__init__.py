@@ -85,6 +85,7 @@ if TYPE_CHECKING:
         search_space as search_space,
     )
     from .slicing import subnetwork as subnetwork
+    from .sparse_kernels import accelerate_sparse as accelerate_sparse
     from .surgery import shrink as shrink
     from .trainers import (
         GradualSparsityCallback as GradualSparsityCallback,
@@ -175,6 +176,7 @@ _MODULES = {
     "report": ("PruningReport",),
     "search": ("LargeSpace", "LayerSpace", "MediumSpace", "SearchSpace", "SmallSpace", "order_units", "search_space"),
     "slicing": ("subnetwork",),
+    "sparse_kernels": ("accelerate_sparse",),
     "surgery": ("shrink",),
     "trainers": (
         "GradualSparsityCallback",

@@ -16,7 +16,7 @@ LEVELS = [
     ["gates", "surgery", "slicing", "layout", "compression", "costs", "batches", "divergence", "timing", "latency"],
     ["calibration", "selection", "reconstruction", "depth", "blockwise"],
     ["methods", "report"],
-    ["pruning", "benchmark", "metrics", "plots"],
+    ["pruning", "benchmark", "metrics", "plots", "sparse_kernels"],
     ["hub", "modeling", "verification"],
     ["trainers", "search", "recovery"],
     ["cli"],
