@@ -17,6 +17,7 @@ import copy
 import gzip
 import json
 import pathlib
+import resource
 import tempfile
 import time
 
@@ -129,12 +130,13 @@ def main() -> None:
             continue
         plain = [plain_pass()] if args.time else []
         model = copy.deepcopy(dense)
-        started = time.process_time()
+        peak, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
         result = hf_prune.prune(model, config(method), data, batch_size=args.batch_size)
         seconds = time.process_time() - started
         if args.time:
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
             plain.append(plain_pass())
-            note(method, seconds=seconds, passes=2 * seconds / sum(plain))
+            note(method, seconds=seconds, passes=2 * seconds / sum(plain), megabytes=grown / 1e3)
         if "perplexity" not in known:
             note(method, zeros=result.report.sparsity(), perplexity=quality(model))
         if args.recover:
