@@ -217,8 +217,7 @@ def lm_eval(
 
     Examples:
         ```python
-        >>> lm_eval(model, tokenizer, ["arc_easy"], limit=200)
-        {'arc_easy': {'acc': 0.555, 'acc_stderr': 0.035, 'acc_norm': 0.495, 'acc_norm_stderr': 0.035}}
+        >>> lm_eval(model, tokenizer, ["arc_easy"], limit=200)["arc_easy"]["acc"]
         ```
     """
     try:
