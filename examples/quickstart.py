@@ -52,6 +52,7 @@ VADER = "vaderSentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf970
 
 @dataclass
 class QuickstartArguments:
+    method: str = field(default="kcm", metadata={"help": "A method with a budget: kcm, kprune, magnitude, ..."})
     macs: float = field(
         default=0.6, metadata={"help": "Share of the multiply-accumulates that the pruned model may keep."}
     )
@@ -187,7 +188,7 @@ def dense_checkpoint(args: QuickstartArguments, data: DatasetDict, cache: Path) 
         raise SystemExit("--skip_finetuning needs a --model that is fine-tuned already.")
     if args.skip_finetuning and Path(args.model).is_dir():
         return Path(args.model)
-    pruning = ("macs", "max_samples", "output_dir", "cache_dir")
+    pruning = ("method", "macs", "max_samples", "output_dir", "cache_dir")
     settings = json.dumps({name: value for name, value in asdict(args).items() if name not in pruning})
     folder = cache / f"dense-{hashlib.sha256(settings.encode()).hexdigest()[:12]}"
     if folder.exists():
@@ -222,7 +223,7 @@ def main() -> None:
 
     model = hf_prune.prunable(AutoModelForSequenceClassification.from_pretrained(dense))
     tokenizer = AutoTokenizer.from_pretrained(dense)
-    config = hf_prune.KCMConfig(budget={"macs": args.macs})
+    config = hf_prune.MethodConfig.from_dict({"method": args.method, "budget": {"macs": args.macs}})
     texts = data["train"]["text"]
     result = model.prune(
         config, texts, processing_class=tokenizer, max_samples=args.max_samples, max_length=args.max_length
@@ -236,9 +237,26 @@ def main() -> None:
     for name, checkpoint in checkpoints.items():
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             scores[name] = {"accuracy": fresh.submit(accuracy, checkpoint, test, args).result()}
-    tokens = next(iter(result.report.sequence_lengths.values()))
+    report = result.report
+    tokens = next(iter(report.sequence_lengths.values()))
     # One thread: with more, latency depends on what else the cores are doing.
     rows = compare(checkpoints, sequence_length=round(tokens), threads=1, scores=scores)
+
+    report.benchmark = [asdict(row) for row in rows]
+    report.evaluation = [
+        {
+            "metric": "accuracy",
+            "before": scores["dense"]["accuracy"],
+            "after": scores["pruned"]["accuracy"],
+            "n": len(data["test"]),
+            "dataset": args.dataset or "movie reviews of vaderSentiment 3.3.2",
+            "config": args.dataset_config,
+            "split": args.test_split,
+        }
+    ]
+    if args.model is None or not Path(args.model).is_dir():
+        report.metadata["base_model"] = args.model or "sentence-transformers/all-MiniLM-L6-v2"
+    hf_prune.write_card(output / "model", report)
 
     table = comparison_table(rows)
     (output / "comparison.md").write_text(table + "\n", encoding="utf-8")
@@ -246,8 +264,8 @@ def main() -> None:
         json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8"
     )
     plot_comparison(rows, output / "comparison.png")
-    plot_units(result.report.units, output / "layers.png")
-    print(result.report, table, f"Model, table and figures: {output.resolve()}", sep="\n\n")
+    plot_units(report.units, output / "layers.png")
+    print(report, table, f"Model with its card, table and figures: {output.resolve()}", sep="\n\n")
 
 
 if __name__ == "__main__":

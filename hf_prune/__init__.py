@@ -30,8 +30,14 @@ if TYPE_CHECKING:
         SaveError as SaveError,
         UnsupportedModelError as UnsupportedModelError,
     )
+    from .export import export_model as export_model
     from .gates import apply_mask as apply_mask, current_mask as current_mask, remove_mask as remove_mask
-    from .hub import save_pretrained as save_pretrained
+    from .hub import (
+        push_to_hub as push_to_hub,
+        render_card as render_card,
+        save_pretrained as save_pretrained,
+        write_card as write_card,
+    )
     from .latency import LatencyTable as LatencyTable, latency_table as latency_table
     from .masks import PruningMask as PruningMask
     from .methods import (
@@ -129,8 +135,9 @@ _MODULES = {
         "SaveError",
         "UnsupportedModelError",
     ),
+    "export": ("export_model",),
     "gates": ("apply_mask", "current_mask", "remove_mask"),
-    "hub": ("save_pretrained",),
+    "hub": ("push_to_hub", "render_card", "save_pretrained", "write_card"),
     "latency": ("LatencyTable", "latency_table"),
     "masks": ("PruningMask",),
     "methods": (

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from .costs import model_costs
 from .errors import ConfigError, PruningError
+from .export import measure_onnx_latency
 from .timing import DEFAULT_LENGTH, Latency, at_least_one, example_inputs, measure_latency
 
 
@@ -31,6 +32,7 @@ class Measurement:
         peak_memory_bytes (`int`): See [`peak_memory`], at the largest batch size.
         latency (`list[Latency]`): One for each batch size.
         scores (`dict[str, float]`, *optional*): Its quality, as the caller measured it.
+        onnx_latency (`list[Latency]`, *optional*): As `latency`, in ONNX Runtime.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Measurement:
     peak_memory_bytes: int
     latency: list[Latency]
     scores: dict[str, float] = field(default_factory=dict)
+    onnx_latency: list[Latency] = field(default_factory=list)
 
 
 def disk_bytes(directory: str | os.PathLike[str]) -> int:
@@ -133,6 +136,7 @@ def compare(
     repeats: int = 30,
     threads: int | None = None,
     device: str | None = None,
+    onnx: bool = False,
     scores: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Measurement]:
     """Measure several checkpoints side by side. The first one is the reference of [`comparison_table`].
@@ -144,6 +148,8 @@ def compare(
         repeats (`int`, *optional*, defaults to `30`): Timed rounds, see [`measure_latency`].
         threads (`int`, *optional*): Threads on the CPU. Defaults to what torch uses now.
         device (`str`, *optional*): `"cpu"`, `"cuda"`. Defaults to the GPU if there is one.
+        onnx (`bool`, *optional*, defaults to `False`): Export each checkpoint and measure its latency in ONNX Runtime
+            too. Needs `pip install hf_prune[onnx]`.
         scores (`dict[str, dict[str, float]]`, *optional*): Quality by checkpoint and metric, such as
             `{"dense": {"accuracy": 0.86}, "pruned": {"accuracy": 0.85}}`. It is passed on to the rows.
 
@@ -170,6 +176,9 @@ def compare(
         measure_latency(models, batch_size, sequence_length, repeats=repeats, threads=threads)
         for batch_size in batch_sizes
     ]
+    onnx_latency: list[dict[str, Latency]] = []
+    if onnx:
+        onnx_latency = measure_onnx_latency(models, batch_sizes, sequence_length, repeats=repeats, threads=threads)
     return [
         Measurement(
             name=name,
@@ -178,6 +187,7 @@ def compare(
             disk_bytes=disk[name],
             peak_memory_bytes=peak_memory(checkpoints[name], max(batch_sizes), sequence_length, device=device),
             latency=[at_batch[name] for at_batch in latency],
+            onnx_latency=[at_batch[name] for at_batch in onnx_latency],
             scores=dict(scores.get(name, {})),
         )
         for name, model in models.items()
@@ -210,9 +220,11 @@ def comparison_table(rows: Sequence[Measurement]) -> str:
         ("peak memory", "B", [row.peak_memory_bytes for row in rows]),
     ):
         add(what, counts, unit, *si_scale(max(counts)))
-    for i, run in enumerate(first.latency):
-        add(f"latency p50, batch {run.batch_size}", [row.latency[i].p50_ms for row in rows], "s", "m", 1)
-        add(f"latency p95, batch {run.batch_size}", [row.latency[i].p95_ms for row in rows], "s", "m", 1)
+    for where, field_name in (("latency", "latency"), ("ONNX Runtime", "onnx_latency")):
+        for runs in zip(*(getattr(row, field_name) for row in rows), strict=True):
+            for percentile in ("p50", "p95"):
+                values = [getattr(run, f"{percentile}_ms") for run in runs]
+                add(f"{where} {percentile}, batch {runs[0].batch_size}", values, "s", "m", 1)
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
     return f"{table}\n\n{setting(first)}."
 

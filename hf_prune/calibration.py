@@ -8,6 +8,7 @@ import copy
 import hashlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate, pairwise
@@ -115,6 +116,24 @@ class Moments:
         return (self.square / self.count).sqrt()
 
 
+_BUILDERS = ("csv", "json", "text", "parquet", "arrow", "pandas", "generator")  # of files: no names of data
+
+
+def data_source(data: Any) -> dict[str, str]:
+    """Where a `datasets.Dataset` says that it comes from: `dataset`, `config`, `split`, and its `revision` on the
+    Hub, as far as it knows."""
+    info: Any = getattr(data, "info", None)
+    name = getattr(info, "dataset_name", None)
+    if not name or getattr(info, "builder_name", None) in _BUILDERS or name in _BUILDERS:
+        return {}
+    found = {"dataset": name, "config": info.config_name, "split": getattr(data, "split", None)}
+    for url in info.download_checksums or ():
+        hub = re.match(r"hf://datasets/([^@]+)@([^/]+)/", str(url))
+        if hub is not None:
+            found |= {"dataset": hub[1], "revision": hub[2]}
+    return {key: str(value) for key, value in found.items() if value}
+
+
 class Calibrator:
     """Calibration data, ready to be run through a model any number of times.
 
@@ -162,7 +181,7 @@ class Calibrator:
         for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_length", max_length)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
-        self.model, self.labels = model, labels
+        self.model, self.labels, self._source = model, labels, data_source(data)
         self.units = prunable_units(model)
         self._accepted = set(inspect.signature(model.forward).parameters)
         batches = read_batches(
@@ -196,6 +215,7 @@ class Calibrator:
             "tokens": self.tokens,
             "mean_length": self.lengths[0],
             "sha256": self.fingerprint,
+            **self._source,
         }
 
     # Running

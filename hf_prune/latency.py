@@ -37,7 +37,7 @@ from .errors import ConfigError, PruningError
 from .gates import current_mask, observe
 from .masks import PruningMask
 from .surgery import cut_heads, cut_neurons, shrink
-from .timing import DEFAULT_LENGTH, example_inputs, measure_latency
+from .timing import DEFAULT_LENGTH, evaluating, example_inputs, measure_latency
 from .units import Kind, PrunableUnits, base_model, prunable_units
 
 logger = logging.get_logger(__name__)
@@ -315,15 +315,10 @@ def _measure(
 ) -> LatencyTable:
     base = base_model(model)
     multiple = 32 if model.device.type == "cpu" else 64
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating([model]):
         classes = _equal_layers(base, units)
         copies = [_cut_copies(base, units, places[0], multiple) for places in classes]
         total, rest, times = _interleave(model, inputs, classes, copies)
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
     layers = {stack: [0.0] * units[stack].size for stack in units.stacks}
     blocks = []

@@ -7,7 +7,7 @@ import transformers
 from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
-from .hub.saving import save_pretrained
+from .hub import push_to_hub, save_pretrained
 from .masks import PruningMask
 from .methods import PruningConfig
 from .pruning import PruningResult, prune
@@ -33,10 +33,15 @@ class PruningMixin:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Same as [`hub.save_pretrained`] on this model, with the mask and the report of its last pruning."""
-        if self.pruning_result is not None:
-            options.setdefault("report", self.pruning_result.report)
-            options.setdefault("mask", self.pruning_result.mask)
-        save_pretrained(cast(PreTrainedModel, self), save_directory, **options)
+        save_pretrained(cast(PreTrainedModel, self), save_directory, **self._with_result(options))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Same as [`hub.push_to_hub`] on this model, with the mask and the report of its last pruning."""
+        return push_to_hub(cast(PreTrainedModel, self), repo_id, **self._with_result(options))
+
+    def _with_result(self, options: dict[str, Any]) -> dict[str, Any]:
+        done = self.pruning_result
+        return options if done is None else {"report": done.report, "mask": done.mask, **options}
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time: pickle and deepcopy remake it from the class of transformers.

@@ -1,13 +1,14 @@
 """Figures: what was pruned where, and how checkpoints compare. They need matplotlib and no display."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .benchmark import Measurement, setting, si_scale
 from .errors import ConfigError
+from .report import PruningReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -172,6 +173,60 @@ def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -
     figure.legend(handles, [row.name for row in rows], loc="outside upper left", ncols=len(rows), frameon=False)
     foot = f"Latency: bars are the median, whiskers end at the 95th percentile. {setting(rows[0])}."
     figure.supxlabel(foot, fontsize=9, color=_GREY)
+    figure.savefig(path)
+    return figure
+
+
+def plot_tradeoff(reports: Mapping[str, PruningReport], path: str | os.PathLike[str]) -> "Figure":
+    """Draw quality against cost: a row of panels for each metric of the evaluations, a column for each cost.
+
+    Args:
+        reports (`dict[str, PruningReport]`): The reports by name. Costs are shares of the dense model's, which stands
+            at 100 % in the shape of a circle. A report is left out of panels for which it has no figure.
+        path (`str` or `os.PathLike`): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+
+    Returns:
+        `matplotlib.figure.Figure`: The figure that was written.
+
+    Raises:
+        ConfigError: No report has an evaluation.
+    """
+    metrics = list(dict.fromkeys(row["metric"] for report in reports.values() for row in report.evaluation))
+    if not metrics:
+        raise ConfigError(
+            "No report holds an evaluation, so there is no quality to draw. Add it before you save: report.evaluation "
+            '= [{"metric": "accuracy", "before": 0.86, "after": 0.85, "n": 1000}].'
+        )
+    costs: dict[str, Callable[[PruningReport], float | None]] = {
+        "MACs": lambda report: report.ratio("macs"),
+        "parameters": lambda report: report.ratio("params"),
+    }
+    if any(report.latency_ratio() is not None for report in reports.values()):
+        costs = {"latency": PruningReport.latency_ratio, **costs}
+    figure = _figure(3.7 * len(costs), 0.6 + 3.2 * len(metrics))
+    marks: dict[str, Any] = {}
+    for row, metric in enumerate(metrics):
+        for column, (cost, kept) in enumerate(costs.items()):
+            first = figure.axes[row * len(costs)] if column else None
+            axes = figure.add_subplot(len(metrics), len(costs), row * len(costs) + column + 1, sharey=first)
+            _style(axes, f"{metric} against {cost}")
+            for index, (name, report) in enumerate(reports.items()):
+                share = kept(report)
+                for quality in (found for found in report.evaluation if found["metric"] == metric):
+                    if share is None:
+                        continue
+                    color, marker = _PALETTE[index % len(_PALETTE)], "sD^vPX"[index % 6]
+                    marks["dense"] = axes.plot(1.0, quality["before"], "o", ms=7, color=_GREY, zorder=2)[0]
+                    [marks[name]] = axes.plot(
+                        share, quality["after"], marker, ms=8, color=color, markeredgecolor="white", zorder=3
+                    )
+            axes.set_xlim(0, 1.08)
+            axes.margins(y=0.15)
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            axes.set_xlabel(f"{cost} kept", color=_GREY)
+    figure.legend(
+        marks.values(), marks.keys(), loc="outside lower left", ncols=4, frameon=False, fontsize=8.5, labelcolor=_INK
+    )
     figure.savefig(path)
     return figure
 

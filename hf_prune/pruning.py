@@ -1,7 +1,7 @@
 """[`prune`]: config and data in, masked model and report out."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -114,6 +114,7 @@ def prune(
         seconds=round(time.perf_counter() - started, 3),
         processes=process_state().num_processes,
         facts=pruner.facts,
+        papers=[asdict(pruner.paper)] if pruner.paper is not None else [],
         **done,
     )
     return PruningResult(mask, report)

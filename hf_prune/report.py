@@ -2,16 +2,30 @@
 
 import json
 import os
-from collections.abc import Mapping
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .benchmark import si_scale
 from .errors import PruningError
 from .masks import PruningMask
+from .redaction import redact
 from .units import KINDS, PrunableUnits
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_WORDS = {
+    "macs": "MACs per example",
+    "params": "parameters",
+    "memory": "memory of weights",
+    "latency": "latency, predicted",
+    "nonzero": "parameters that are not zero",
+}
 REPORT_FILE = "pruning_report.json"
 _PACKAGES = ("hf_prune", "transformers", "torch", "accelerate", "datasets")
 
@@ -41,6 +55,18 @@ class PruningReport:
         latency (`dict`, *optional*): Under a budget of latency: measured milliseconds `before` and `after` (medians,
             in turns; `None` if memory did not suffice), `where` they were measured, the `multiple_of` that widths were
             rounded to, and the `table` of the predictions. After [`accelerate_sparse`]: `before`, `after`, `where`.
+        papers (`list[dict]`): The sources of the method, see [`Paper`].
+        command (`str`, *optional*): The command line of the process, where that is a script or `hf-prune`.
+        recovery (`dict`, *optional*): How quality was recovered afterwards, in the caller's words: `{"method": "LoRA",
+            "rank": 8, "epochs": 1}`.
+        evaluation (`list[dict]`): Measured quality: `metric`, its value `before` and `after`, and, if known, the
+            number of examples `n`, `interval_before` and `interval_after` (95 % confidence), and the `dataset` (its
+            name, or its id on the Hub) with `config`, `split` and `revision`.
+        benchmark (`list[dict]`): What [`~hf_prune.benchmark.compare`] measured of the dense and the pruned checkpoint:
+            `[asdict(row) for row in rows]`.
+        metadata (`dict`): Of the model card: `base_model`, `license`, `language`, `datasets`, `tags`, ... Saving adds
+            what the model's source says, if it is at hand.
+        verified (`dict`, *optional*): How the saved checkpoint was reloaded and compared, as the save found it.
     """
 
     method: str
@@ -58,6 +84,13 @@ class PruningReport:
     facts: dict[str, Any] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=lambda: _versions())
     latency: dict[str, Any] | None = None
+    papers: list[dict[str, Any]] = field(default_factory=list)
+    command: str | None = field(default_factory=lambda: _command())
+    recovery: dict[str, Any] | None = None
+    evaluation: list[dict[str, Any]] = field(default_factory=list)
+    benchmark: list[dict[str, Any]] = field(default_factory=list)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    verified: dict[str, Any] | None = None
     schema_version: int = 1
 
     def ratio(self, metric: str) -> float:
@@ -68,6 +101,53 @@ class PruningReport:
         """Share of zeros in the matrices whose single weights were pruned."""
         zeros, size = (sum(row[key] for row in self.weights) for key in ("zeros", "size"))
         return float(zeros / max(size, 1))
+
+    def latency_ratio(self) -> float | None:
+        """Measured latency of the pruned model as a share of the dense one's: the median at the first batch size of
+        the benchmark, else as measured under a budget of latency. `None` if it was not measured."""
+        if self.benchmark and self.benchmark[0]["latency"]:
+            before, after = (row["latency"][0]["p50_ms"] for row in (self.benchmark[0], self.benchmark[-1]))
+        elif self.latency is not None and self.latency["before"] is not None:
+            before, after = self.latency["before"], self.latency["after"]
+        else:
+            return None
+        return float(after / before)
+
+    def rows(self) -> list[list[str]]:
+        """Costs and quality in words: for each what it is, before, after, and the kept share or the change."""
+        found = []
+        for metric, after in self.after.items():
+            before, words = self.before[metric], _WORDS.get(metric, metric)
+            prefix, scale = ("m", 1.0) if metric == "latency" else si_scale(max(before, after))
+            unit = {"latency": "s", "memory": "B"}.get(metric, "")
+            cells = [f"{value / scale:.2f} {prefix}{unit}".rstrip() for value in (before, after)]
+            found.append([words, *cells, f"{self.ratio(metric):.1%}"])
+        for row in self.evaluation:
+            change = f"{row['after'] - row['before']:+.4f}"
+            found.append([row["metric"], f"{row['before']:.4f}", f"{row['after']:.4f}", change])
+        return found
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: a sentence, costs and quality before and after, and what each layer keeps."""
+        parts = [str(self), markdown_table(["", "before", "after", "kept or change"], self.rows())]
+        if self.units:
+            parts.append(markdown_table(["units", "kept", "of"], [_counts(row, "kept") for row in self.units]))
+        if self.weights:
+            parts.append(markdown_table(["weights", "zeros", "of"], [_counts(row, "zeros") for row in self.weights]))
+        return "\n\n".join(parts) + "\n"
+
+    def plot(self, path: str | os.PathLike[str]) -> "Figure":
+        """Draw how many heads, neurons and layers each layer keeps, see [`~hf_prune.plots.plot_units`].
+
+        Args:
+            path (`str` or path): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+
+        Raises:
+            ConfigError: No units were pruned: single weights have no picture.
+        """
+        from .plots import plot_units
+
+        return plot_units(self.units, path)
 
     def __str__(self) -> str:
         if self.weights:
@@ -112,15 +192,15 @@ class PruningReport:
         """
         known = {f.name for f in fields(cls)}
         try:
-            return cls(**{key: value for key, value in data.items() if key in known})
+            return cls(**{"command": None, **{key: value for key, value in data.items() if key in known}})
         except TypeError as error:
             raise PruningError(f"Not a pruning report: {error}.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON. A folder gets `pruning_report.json`."""
+        """Write as JSON, without tokens and home folders. A folder gets `pruning_report.json`."""
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(redact(self.to_dict()), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
@@ -130,6 +210,10 @@ class PruningReport:
             PruningError: There is no such file, or it holds no report.
         """
         path = Path(path)
+        if path.is_dir() and not (path / REPORT_FILE).exists():
+            raise PruningError(
+                f"{path} holds no {REPORT_FILE}: give the folder of a model that hf_prune saved with its report."
+            )
         path = path / REPORT_FILE if path.is_dir() else path
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
@@ -152,6 +236,16 @@ def unit_rows(units: PrunableUnits, mask: PruningMask) -> list[dict[str, Any]]:
     ]
 
 
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with the first column to the left and the others to the right."""
+    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _counts(row: Mapping[str, Any], key: str) -> list[str]:
+    return [row["name"], f"{row[key]:,}", f"{row['size']:,}"]
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for name in _PACKAGES:
@@ -160,3 +254,15 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def _command() -> str | None:
+    """`None` in notebooks, shells and tests."""
+    script = Path(sys.argv[0] if sys.argv else "")
+    if script.stem == "hf-prune" or script.parts[-2:] == ("hf_prune", "__main__.py"):
+        words = ["hf-prune"]
+    elif script.suffix == ".py" and script.stem not in ("__main__", "ipykernel_launcher"):
+        words = ["python", script.name if script.is_absolute() else script.as_posix()]
+    else:
+        return None
+    return shlex.join([*words, *sys.argv[1:]])

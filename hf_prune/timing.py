@@ -3,7 +3,8 @@
 import inspect
 import random
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,47 +154,68 @@ def measure_latency(
     at_least_one(models=len(models), repeats=repeats, **({} if threads is None else {"threads": threads}))
     if warmup < 0:
         raise ConfigError(f"warmup must be at least 0, got {warmup}.")
-    inputs = {
-        name: example_inputs(model, batch_size, sequence_length, seed, target_length=target_length)
+    threads = threads or torch.get_num_threads()
+    calls = {
+        name: _call(model, example_inputs(model, batch_size, sequence_length, seed, target_length=target_length))
         for name, model in models.items()
     }
-    seconds: dict[str, list[float]] = {name: [] for name in models}
-    modes = {module: module.training for model in models.values() for module in model.modules()}
-    before, order, rng = torch.get_num_threads(), list(models), random.Random(seed)
-    threads = threads or before
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        for model in models.values():
-            model.train(False)
-        rounds = tqdm(range(-warmup, repeats), desc=f"Latency, batch {batch_size}", leave=False, disable=None)
-        with torch.inference_mode():
-            for round_index in rounds:
-                rng.shuffle(order)
-                for name in order:
-                    elapsed = _seconds(models[name], inputs[name])
-                    if round_index >= 0:
-                        seconds[name].append(elapsed)
+        with evaluating(models.values()), torch.inference_mode():
+            times = in_turns(calls, f"Latency, batch {batch_size}", repeats=repeats, warmup=warmup, seed=seed)
     finally:
         torch.set_num_threads(before)
+    dtypes = {name: str(model.dtype).removeprefix("torch.") for name, model in models.items()}
+    return {
+        name: Latency(*times[name], batch_size, sequence_length, str(model.device), threads, dtypes[name])
+        for name, model in models.items()
+    }
+
+
+def _call(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Callable[[], None]:
+    def call() -> None:
+        model(**inputs)
+        if model.device.type != "cpu":  # an accelerator only queues the work
+            torch.accelerator.synchronize(model.device)
+
+    return call
+
+
+def in_turns(
+    calls: Mapping[str, Callable[[], Any]], title: str, *, repeats: int, warmup: int = 3, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Median and 95th percentile, in milliseconds, of calls that take turns: once each a round, in random order.
+
+    Args:
+        calls (`dict[str, Callable]`): What to time, by name. A call returns when its work is done.
+        title (`str`): Of the progress bar.
+        repeats, warmup, seed: See [`measure_latency`].
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    order, rng = list(calls), random.Random(seed)
+    for round_index in tqdm(range(-warmup, repeats), desc=title, leave=False, disable=None):
+        rng.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            calls[name]()
+            if round_index >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    percentiles = {name: 1e3 * np.percentile(values, [50, 95]) for name, values in seconds.items()}
+    return {name: (float(p50), float(p95)) for name, (p50, p95) in percentiles.items()}
+
+
+@contextmanager
+def evaluating(models: Iterable[PreTrainedModel]) -> Iterator[None]:
+    """Within the context, models are in evaluation mode."""
+    modes = {module: module.training for model in models for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
         for module, training in modes.items():
             module.training = training
-    result = {}
-    for name, model in models.items():
-        p50, p95 = (float(p) for p in 1e3 * np.percentile(seconds[name], [50, 95]))
-        dtype = str(model.dtype).removeprefix("torch.")
-        result[name] = Latency(p50, p95, batch_size, sequence_length, str(model.device), threads, dtype)
-    return result
-
-
-def _seconds(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> float:
-    # An accelerator only queues the work: without waiting before and after, the clock would see the queueing.
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
-    start = time.perf_counter()
-    model(**inputs)
-    if model.device.type != "cpu":
-        torch.accelerator.synchronize(model.device)
-    return time.perf_counter() - start
 
 
 def at_least_one(**numbers: int) -> None:

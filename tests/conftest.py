@@ -14,6 +14,7 @@ from tiny import parameters_as_time  # noqa: E402
 
 import hf_prune  # noqa: E402
 from hf_prune.architectures import registry  # noqa: E402
+from hf_prune.cli import main  # noqa: E402
 from hf_prune.methods import base  # noqa: E402
 
 
@@ -61,3 +62,18 @@ def reader(tmp_path, monkeypatch, _furnished):
     monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
     monkeypatch.setattr(base, "_PRUNERS", dict(base._PRUNERS))
     return tmp_path
+
+
+@pytest.fixture
+def run(capsys):
+    """Call the command line: exit code, stdout, stderr."""
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        try:
+            code = main([str(arg) for arg in argv])
+        except SystemExit as exit:
+            code = exit.code
+        return code, *capsys.readouterr()
+
+    return call

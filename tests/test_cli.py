@@ -13,7 +13,7 @@ from tiny import parameters_as_time, tiny_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertTokenizerFast
 
 import hf_prune
-from hf_prune import benchmark, known_pruners, model_costs
+from hf_prune import benchmark, cli, known_pruners, model_costs
 from hf_prune.cli import loading, main, prune
 from hf_prune.costs import CostTable
 from hf_prune.errors import InfeasibleBudgetError
@@ -44,21 +44,6 @@ def texts(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "texts.txt"
     path.write_text("\n\n".join(TEXTS), encoding="utf-8")
     return str(path)
-
-
-@pytest.fixture
-def run(capsys):
-    """Call the command line: exit code, stdout, stderr."""
-
-    def call(*argv: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(arg) for arg in argv])
-        except SystemExit as exit:
-            code = exit.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def mask_of(folder) -> hf_prune.PruningMask:
@@ -218,7 +203,114 @@ class TestUsage:
 
     def test_one_model_is_not_measured_twice(self, run, dense):
         code, _, err = run("bench", dense, "--against", dense)
-        assert code == 2 and "a model is given twice" in err
+        assert code == 2 and "is given twice" in err
+
+
+class TestRunFile:
+    """`--config`: the same arguments from a file."""
+
+    @pytest.fixture
+    def parse(self, tmp_path, capsys):
+        """The arguments of a command, or the error, given the text of a file and what stands on the command line."""
+
+        def call(command: str, text: str, *argv: object):
+            path = tmp_path / "run.yaml"
+            path.write_text(text, encoding="utf-8")
+            try:
+                return vars(cli._parse([command, "--config", str(path), *map(str, argv)]))
+            except SystemExit as exit:
+                assert exit.code == 2
+                return " ".join(capsys.readouterr().err.split())
+
+        return call
+
+    PRUNE = """
+model: ./bert
+method: wanda
+pattern: 2:4
+set: {ratios: owl, targets: [a, b], seed: 3}
+max-samples: 64
+exclude: [embeddings, "*.0.*"]
+output: ./out
+json: true
+"""
+    FLAGS = (
+        "prune ./bert --method wanda --pattern 2:4 --set ratios=owl --set targets=a,b --set seed=3 --max-samples 64 "
+        "--exclude embeddings *.0.* --output ./out --json"
+    )
+
+    @staticmethod
+    def same(found, flags):
+        expected = vars(cli._parse(flags.split()))
+        skip = ("config", "error")
+        assert {k: v for k, v in found.items() if k not in skip} == {
+            k: v for k, v in expected.items() if k not in skip
+        }
+
+    def test_a_file_equals_flags(self, parse):
+        self.same(parse("prune", self.PRUNE), self.FLAGS)
+
+    @pytest.mark.parametrize(
+        ("text", "flags"),
+        [
+            ("models: [a, b]\nbatch-size: [1, 32]", "bench a b --batch-size 1 32"),
+            ("models: a\nbatch_size: 4", "bench a --batch-size 4"),
+            ("models: [a]\ndevice: cpu", "bench a --device cpu"),
+        ],
+    )
+    def test_lists(self, parse, text, flags):
+        self.same(parse("bench", text), flags)
+
+    def test_the_command_line_wins(self, parse):
+        argv = ["./other", "--pattern", "1:4", "--set", "seed=4", "--exclude", "x"]
+        found = parse("prune", self.PRUNE, *argv)
+        assert (found["model"], found["pattern"], found["set"]) == ("./other", "1:4", [("seed", "4")])
+        assert (found["exclude"], found["method"]) == (["x"], "wanda")
+
+    def test_every_limit_of_a_budget(self, parse):
+        text = "model: m\nmethod: kcm\noutput: o\nbudget: {macs: 0.6, params: 40000000}"
+        assert parse("prune", text)["budget"] == [("macs", 0.6), ("params", 40_000_000)]
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("modle: m", "run.yaml: Unknown key 'modle'. Did you mean 'model'? Known: allocation,"),
+            ("config: other.yaml", "Unknown key 'config'"),
+            ("method: [kcm, wanda]", "run.yaml: method can't be ['kcm', 'wanda']"),
+            ("output: {a: b}", "run.yaml: output can't be {'a': 'b'}"),
+            ("budget: {macs: {low: 1}}", "is no METRIC=LIMIT"),
+            ("budget: {macs: }", "is no METRIC=LIMIT"),
+            ("task:", "run.yaml: task has no value"),
+            ("json: 1", "run.yaml: json takes true or false, got '1'"),
+            ("multiple-of: 0", "argument --multiple-of: must be a whole number of at least 1, got '0'"),
+            ("task: sing", "invalid choice: 'sing'"),
+            ("model: m\nmethod: kcm", "the following arguments are required: --output"),
+            ("method: kcm", "the following arguments are required: MODEL, --output"),
+            ("- model", "must hold `key: value` lines"),
+            ("", "must hold `key: value` lines"),
+            ("a: [", "can't read the arguments in"),
+            ("a: !!python/object/apply:os.getcwd []", "Unknown key 'a'"),
+        ],
+    )
+    def test_bad_files(self, parse, text, message):
+        assert message in parse("prune", text)
+
+    def test_no_such_file(self, run, tmp_path):
+        code, _, err = run("prune", "--config", tmp_path / "none.yaml")
+        assert code == 2 and "can't read the arguments in" in err
+
+    def test_flags_are_not_abbreviated(self, run):
+        code, _, err = run("bench", "model", "--thread", 2)
+        assert code == 2 and "unrecognized arguments: --thread" in err
+
+    def test_a_run(self, run, dense, tmp_path):
+        path = tmp_path / "run.yaml"
+        path.write_text(f"model: {dense}\nmethod: random\nbudget: {{macs: 0.8}}\nset: {{seed: 3}}\njson: true")
+        code, out, err = run("prune", "--config", path, "--output", tmp_path / "out")
+        assert code == 0, err
+        report = json.loads(out)
+        assert report["config"]["seed"] == 3 and report["config"]["budget"] == {"macs": 0.8}
+        assert hf_prune.PruningReport.load(tmp_path / "out").to_dict().items() <= report.items()
 
 
 class TestInspect:

@@ -11,12 +11,12 @@ import hf_prune
 
 ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
-    ["errors", "architectures", "offload"],
+    ["errors", "redaction", "architectures", "offload"],
     ["units", "masks", "weight_masks"],
     ["gates", "surgery", "slicing", "layout", "compression", "costs", "batches", "divergence", "timing", "latency"],
     ["calibration", "selection", "reconstruction", "depth", "blockwise"],
-    ["methods", "report"],
-    ["pruning", "benchmark", "metrics", "plots", "sparse_kernels"],
+    ["methods", "report", "benchmark", "export", "plots"],
+    ["pruning", "metrics", "comparison", "sparse_kernels"],
     ["hub", "modeling", "verification"],
     ["trainers", "search", "recovery"],
     ["cli"],

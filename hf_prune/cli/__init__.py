@@ -14,20 +14,26 @@ import traceback
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib import import_module
+from typing import Any
 
 from .. import __version__
 from ..errors import PruningError
+from .run_file import parse_with_file
 
 COMMANDS = {
     "inspect": "show what of a model can be pruned, and what it costs",
     "prune": "make a model smaller, and save it",
     "bench": "measure latency, memory and size side by side",
+    "compare": "set pruning runs side by side: a table, a picture, a page",
+    "export": "write a model as ONNX or torch.export",
+    "card": "write the model card of a saved model anew",
+    "push": "upload a saved model to the Hub",
 }
 _DESCRIPTION = """\
 Make Hugging Face transformers physically smaller and faster: remove attention
 heads and feed-forward neurons, then load the result with plain from_pretrained.
-Look at a model with inspect, make it smaller with prune, and measure what that
-gained with bench.
+Look at a model with inspect, make it smaller with prune, measure what that gained
+with bench, and set several runs side by side with compare.
 """
 _EXAMPLES = """\
 examples:
@@ -36,7 +42,16 @@ examples:
       --dataset reviews.txt --output ./bert-sst2-60
   hf-prune bench ./bert-sst2-60 --against ./bert-sst2
 
-`hf-prune COMMAND --help` explains a command.
+`hf-prune COMMAND --help` explains a command. Any command also takes its arguments
+from a YAML file with --config: its keys are their long names, and what is given
+on the command line wins. The second example as a file is
+
+  model: ./bert-sst2
+  method: kcm
+  budget: {macs: 0.6}
+  dataset: reviews.txt
+  output: ./bert-sst2-60
+
 exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted
 """
 
@@ -69,16 +84,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    layout = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("hf-prune", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=layout)
+    options: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("hf-prune", description=_DESCRIPTION, epilog=_EXAMPLES, **options)
     parser.add_argument("--version", action="version", version=f"hf_prune {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, formatter_class=layout)
+        command = commands.add_parser(name, help=summary, **options)
         if argv[:1] == [name]:
             module = import_module(f".{name}", __name__)
             module.add_arguments(command)
+            command.add_argument(
+                "--config", metavar="FILE", help="take arguments from a YAML file, see hf-prune --help"
+            )
             command.add_argument("--json", action="store_true", help="print the result as JSON")
             command.add_argument("--debug", action="store_true", help="show the traceback of an error")
             command.set_defaults(run=module.run, error=command.error)
+            command.usage = _usage(command)
+            if any(argument.partition("=")[0] == "--config" for argument in argv):
+                return parse_with_file(parser, command, argv)
     return parser.parse_args(argv)
+
+
+def _usage(command: argparse.ArgumentParser) -> str:
+    """What is required; the list of options says the rest."""
+    required = [action for action in command._actions if action.required]
+    words = [" ".join([*a.option_strings[-1:], str(a.metavar), *["..."] * (a.nargs == "+")]) for a in required]
+    return " ".join(["%(prog)s", *words, "[options]"])

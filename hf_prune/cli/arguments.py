@@ -1,6 +1,7 @@
 """Arguments and types of arguments that several commands take."""
 
 import argparse
+from pathlib import Path
 
 from .loading import TASKS
 
@@ -51,3 +52,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Where a command runs."""
     parser.add_argument("--device", help="where to run: cpu, cuda, cuda:1, ...; default: the GPU if there is one")
+
+
+def distinct_names(args: argparse.Namespace, paths: list[str]) -> list[str]:
+    """The names of folders or files; where two have the same one, the paths as they are given."""
+    if len(set(paths)) < len(paths):
+        args.error(f"{next(path for path in paths if paths.count(path) > 1)} is given twice")
+    names = [Path(path).resolve().name for path in paths]
+    return names if len(set(names)) == len(names) else paths

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from ..benchmark import compare, comparison_table
-from .arguments import MODEL, add_device, count
+from .arguments import MODEL, add_device, count, distinct_names
 from .loading import check_device, resolve, trying
 
 _DESCRIPTION = """\
@@ -54,17 +54,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=count, metavar="N", help="threads on the CPU, at least 1; default: what torch takes"
     )
     add_device(parser)
+    parser.add_argument(
+        "--onnx",
+        action="store_true",
+        help="export each model, which takes a while, and measure its latency in ONNX Runtime too",
+    )
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     """What the command has measured, as data and as text."""
     given = [args.against, *args.models] if args.against else args.models
-    if len(set(given)) < len(given):
-        args.error("a model is given twice")
+    names = distinct_names(args, given)
     device = check_device(args.device)
-    names = [Path(model).resolve().name for model in given]
-    if len(set(names)) < len(names):
-        names = given
     checkpoints = {name: _folder(model) for name, model in zip(names, given, strict=True)}
     with trying(f"measure {', '.join(given)}"):
         rows = compare(
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
             repeats=args.repeats,
             threads=args.threads,
             device=device,
+            onnx=args.onnx,
         )
     return [asdict(row) for row in rows], comparison_table(rows)
 

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command and its arguments."""
     parser.description, parser.epilog = _DESCRIPTION, f"{_methods()}\n\n{_EXAMPLES}"
     add_model(parser)
-    parser.add_argument("--method", required=True, help="how to choose what stays, see below")
+    parser.add_argument("--method", required=True, metavar="METHOD", help="how to choose what stays, see below")
     parser.add_argument(
         "--budget",
         type=limit,

@@ -11,15 +11,25 @@ import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    FeatureExtractionMixin,
+    ImageProcessingMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
@@ -27,13 +37,14 @@ from transformers.utils import logging
 from .. import compression
 from ..errors import ConfigError, MaskError, PruningError, SaveError
 from ..gates import current_mask, masked_columns
-from ..layout import disable, enable
+from ..layout import KEY, disable, enable
 from ..masks import PruningMask
 from ..offload import execution_device
 from ..report import PruningReport
 from ..timing import example_inputs
 from ..units import PrunableUnits, forget_gguf, prunable_units, site
 from ..weight_masks import WeightMask
+from .card import CARD_FILE, PICTURE_FILE, is_ours, origin, write_card
 from .standalone import add_standalone_code
 
 logger = logging.get_logger(__name__)
@@ -62,7 +73,9 @@ def save_pretrained(
         processing_class (*optional*): Tokenizer or processor to save beside it.
         mask ([`PruningMask`] or [`WeightMask`], *optional*): To save as `pruning_mask.safetensors`. Defaults to the
             mask that the model carries.
-        report ([`PruningReport`], *optional*): To save as `pruning_report.json`.
+        report ([`PruningReport`], *optional*): To save as `pruning_report.json`, with the model card that it makes,
+            `README.md`; a card that hf_prune did not write stays. The report learns how the checkpoint was verified,
+            and what is known of the model that was pruned.
         standalone (`bool`, *optional*, defaults to `False`): Add the code that rebuilds the shapes, so that
             `from_pretrained(..., trust_remote_code=True)` loads the model where hf_prune is not installed.
         compressed (`bool`, *optional*, defaults to `False`): Store matrices with many zeros as one bit a weight and
@@ -112,8 +125,6 @@ def save_pretrained(
             processing_class.save_pretrained(staging)
         if (mask := mask if mask is not None else carried) is not None:
             mask.save(staging)
-        if report is not None:
-            report.save(staging)
         if standalone:
             add_standalone_code(model, staging)
         for file in staging.iterdir():  # safetensors makes files that only their owner can read
@@ -121,11 +132,17 @@ def save_pretrained(
                 file.chmod(staging.stat().st_mode & 0o666)
         if target.exists():
             _link_others(target, staging, options.get("variant"))
-        _verify(model, state, staging, standalone, options.get("variant"))
+        outputs = _verify(model, state, staging, standalone, options.get("variant"))
+        if report is not None:
+            verified = _verified(model, staging, processing_class, standalone, outputs)
+            metadata = origin(model) | report.metadata
+            _document(replace(report, verified=verified, metadata=metadata), staging, target.name)
         for file in staging.iterdir():
             if file.is_file():
                 with open(file, "rb") as handle:
                     os.fsync(handle.fileno())
+    if report is not None:
+        report.verified, report.metadata = verified, metadata
     if here is not None and here.is_relative_to(target):
         os.chdir(here)
 
@@ -181,7 +198,8 @@ def _folded(model: PreTrainedModel, state: dict[str, torch.Tensor], mask: Prunin
 
 def _verify(
     model: PreTrainedModel, state: dict[str, torch.Tensor], directory: Path, standalone: bool, variant: str | None
-) -> None:
+) -> bool:
+    """Whether the outputs could be compared too; raises if anything differs."""
     name = type(model).__name__
     try:
         again = _reload(model, directory, standalone, variant)
@@ -204,7 +222,7 @@ def _verify(
         ours = _outputs(model, inputs)
     except (ConfigError, RuntimeError, ValueError, TypeError) as error:
         logger.warning(f"The weights reload equal; the outputs were not compared: {error}")
-        return
+        return False
     try:
         theirs = _outputs(again, inputs)
     except (RuntimeError, ValueError, TypeError) as error:
@@ -217,29 +235,73 @@ def _verify(
             f"The saved {name} computes something else when it is reloaded, nothing was replaced: a "
             f"{model.config.model_type} keeps state that its config and weights do not hold. Please report this."
         )
+    return True
+
+
+def _verified(
+    model: PreTrainedModel, directory: Path, processing_class: Any, standalone: bool, outputs: bool
+) -> dict[str, Any]:
+    """How the checkpoint was reloaded, for the report. The tokenizer or processor is reloaded here."""
+    kinds = {
+        "AutoTokenizer": PreTrainedTokenizerBase,
+        "AutoProcessor": ProcessorMixin,
+        "AutoImageProcessor": ImageProcessingMixin,
+        "AutoFeatureExtractor": FeatureExtractionMixin,
+    }
+    processor = next((auto for auto, kind in kinds.items() if isinstance(processing_class, kind)), None)
+    if processor is not None:
+        try:
+            getattr(transformers, processor).from_pretrained(directory)
+        except Exception as error:  # from OSError to whatever the code of tokenizers raises
+            logger.warning(f"{processor} does not load what {type(processing_class).__name__} saved: {error}")
+            processor = None
+    return {
+        "processor": processor,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "remote_code": standalone,
+        "outputs": outputs,
+    }
+
+
+def _document(report: PruningReport, directory: Path, name: str) -> None:
+    """The report and, unless somebody else wrote one, the card. A card is not worth a model that is not saved."""
+    report.save(directory)
+    if not (directory / CARD_FILE).exists():
+        try:
+            write_card(directory, name=name)
+        except PruningError as error:
+            logger.warning(f"The model is saved without a card: {error}")
 
 
 def _reload(model: PreTrainedModel, directory: Path, standalone: bool, variant: str | None) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     if variant is not None:
         options["variant"] = variant
-    if not standalone:
+    enabled = getattr(PreTrainedModel.post_init, "_hf_prune", False)
+    if standalone or getattr(model.config, KEY, None) is None:
+        disable()  # it must load without hf_prune
+    try:
+        if standalone:
+            return _reload_remote(model, directory, options)
         cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("transformers_modules."))
         loaded: PreTrainedModel = cls.from_pretrained(directory, **options)  # type: ignore[attr-defined]
         return loaded
+    finally:
+        if enabled:
+            enable()
+
+
+def _reload_remote(model: PreTrainedModel, directory: Path, options: dict[str, Any]) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(directory)
     reference = next(ref for ref in config.auto_map.values() if ref.endswith(f".{type(model).__name__}"))
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     remote = get_class_from_dynamic_module(reference, directory)
-    enabled = getattr(PreTrainedModel.post_init, "_hf_prune", False)
-    disable()  # it must load without hf_prune
     try:
-        loaded = remote.from_pretrained(directory, **options)
+        loaded: PreTrainedModel = remote.from_pretrained(directory, **options)
         return loaded
     finally:
-        if enabled:
-            enable()
         module = sys.modules.pop(remote.__module__)
         shutil.rmtree(Path(str(module.__file__)).parents[1], ignore_errors=True)  # transformers caches the code
 
@@ -301,20 +363,26 @@ _OF_A_MODEL = (
     "modeling_hf_prune.py",
     "pruning_mask.safetensors",
     "pruning_report.json",
+    PICTURE_FILE,
 )
+
+
+def of_a_model(variant: str | None = None) -> Callable[[str], bool]:
+    """Whether a file, by its name, belongs to the model in a folder, and goes when another one takes its place."""
+    middle = f"\\.{re.escape(variant)}" if variant else ""
+    weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
+    return lambda name: bool(weights.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in _OF_A_MODEL)
 
 
 def _link_others(source: Path, staging: Path, variant: str | None) -> None:
     """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
-    of_a_model = shutil.ignore_patterns(*_OF_A_MODEL)
-    middle = f"\\.{re.escape(variant)}" if variant else ""
-    weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
+    goes = of_a_model(variant)
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         beside = staging / os.path.relpath(folder, source)
         skip = {name for name in names if (beside / name).is_file()}
         if beside == staging:
-            skip |= of_a_model(folder, names) | {name for name in names if weights.fullmatch(name)}
+            skip |= {name for name in names if goes(name) or (name == CARD_FILE and is_ours(source / name))}
         return skip
 
     def link(old: str, new: str) -> None:

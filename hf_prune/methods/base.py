@@ -32,11 +32,15 @@ class Paper:
 
     Args:
         title, venue, arxiv (`str`): Title, venue with year, and arXiv id.
+        authors (`str`, *optional*): As BibTeX has them, with `and` between them.
+        url (`str`, *optional*): Where it is, if not on arXiv.
     """
 
     title: str
     venue: str
     arxiv: str
+    authors: str = ""
+    url: str = ""
 
 
 @dataclass(kw_only=True)

@@ -98,7 +98,12 @@ class FisherPruner(Pruner[FisherConfig]):
     """Keeps the heads and neurons with the largest Fisher information under the best split of the budget."""
 
     needs_labels = True
-    paper = Paper("A Fast Post-Training Pruning Framework for Transformers", "NeurIPS 2022", "2204.09656")
+    paper = Paper(
+        "A Fast Post-Training Pruning Framework for Transformers",
+        "NeurIPS 2022",
+        "2204.09656",
+        "Woosuk Kwon and Sehoon Kim and Michael W. Mahoney and Joseph Hassoun and Kurt Keutzer and Amir Gholami",
+    )
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None

@@ -55,7 +55,12 @@ class FLAPPruner(Pruner[FLAPConfig]):
     the paper does not, nor is it done here.
     """
 
-    paper = Paper("Fluctuation-based Adaptive Structured Pruning for Large Language Models", "AAAI 2024", "2312.11983")
+    paper = Paper(
+        "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+        "AAAI 2024",
+        "2312.11983",
+        "Yongqi An and Xu Zhao and Tao Yu and Ming Tang and Jinqiao Wang",
+    )
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None

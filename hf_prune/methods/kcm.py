@@ -115,7 +115,12 @@ class KCMPruner(Pruner[KCMConfig]):
     """Keeps the neurons with the best scores over all layers; heads stay whole."""
 
     kinds = ("neurons",)
-    paper = Paper("Gradient-Free Structured Pruning with Unlabeled Data", "ICML 2023", "2303.04185")
+    paper = Paper(
+        "Gradient-Free Structured Pruning with Unlabeled Data",
+        "ICML 2023",
+        "2303.04185",
+        "Azade Nova and Hanjun Dai and Dale Schuurmans",
+    )
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None

@@ -78,7 +78,10 @@ class KPrunePruner(Pruner[KPruneConfig]):
     """Keeps the heads and neurons that hold the most knowledge per cost, and refits each sub-layer before the next."""
 
     paper = Paper(
-        "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models", "ICLR 2024", "2308.03449"
+        "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models",
+        "ICLR 2024",
+        "2308.03449",
+        "Seungcheol Park and Hojun Choi and U Kang",
     )
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:

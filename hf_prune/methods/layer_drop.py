@@ -41,7 +41,11 @@ class LayerDropPruner(Pruner[LayerDropConfig]):
 
     kinds = ("layers",)
     paper = Paper(
-        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect", "arXiv 2024", "2403.03853"
+        "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect",
+        "arXiv 2024",
+        "2403.03853",
+        "Xin Men and Mingyu Xu and Qingyu Zhang and Bingning Wang and Hongyu Lin and Yaojie Lu and Xianpei Han and "
+        "Weipeng Chen",
     )
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:

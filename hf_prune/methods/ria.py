@@ -45,6 +45,7 @@ class RIAPruner(WeightPruner[RIAConfig]):
         "Plug-and-Play: An Efficient Post-training Pruning Method for Large Language Models",
         "ICLR 2024",
         "",
+        "Yingtao Zhang and Haoli Bai and Haokun Lin and Jialin Zhao and Lu Hou and Carlo Vittorio Cannistraci",
     )
 
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:

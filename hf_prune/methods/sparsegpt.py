@@ -129,7 +129,12 @@ class SparseGPTPruner(WeightPruner[SparseGPTConfig]):
     """Zeroes the weights that matter least to the output of their layer, and updates the others to make up for it."""
 
     observe = staticmethod(gram)
-    paper = Paper("SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", "ICML 2023", "2301.00774")
+    paper = Paper(
+        "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+        "ICML 2023",
+        "2301.00774",
+        "Elias Frantar and Dan Alistarh",
+    )
 
     def check(self, matrices: list[Matrix], calibrator: Calibrator | None) -> None:
         super().check(matrices, calibrator)

@@ -21,7 +21,12 @@ class WandaPruner(WeightPruner[WandaConfig]):
     """Zeroes, for each output, the weights with the lowest size times norm of their input."""
 
     observe = staticmethod(square_sum)
-    paper = Paper("A Simple and Effective Pruning Approach for Large Language Models", "ICLR 2024", "2306.11695")
+    paper = Paper(
+        "A Simple and Effective Pruning Approach for Large Language Models",
+        "ICLR 2024",
+        "2306.11695",
+        "Mingjie Sun and Zhuang Liu and Anna Bair and J. Zico Kolter",
+    )
 
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         return keep_highest(wanda_score(weight, observed), target), weight

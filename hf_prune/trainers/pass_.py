@@ -20,6 +20,7 @@ from ..architectures import AttentionSpec
 from ..calibration import process_state
 from ..errors import ConfigError, UnsupportedModelError
 from ..gates import apply_mask, current_mask, record_inputs, remove_mask
+from ..methods import Paper
 from ..timing import example_inputs
 from ..units import UnitGroup
 from .arguments import PassOptions, check_whole_model
@@ -371,6 +372,13 @@ class PassTrainer(PruningTrainer):
         ```
     """
 
+    paper = Paper(
+        "PASS: Pruning Attention Heads with Almost-sure Sparsity Targets",
+        "TMLR",
+        "",
+        "Dujian Ding and Ganesh Jawahar and Laks V. S. Lakshmanan",
+        "https://openreview.net/forum?id=S4duStTKGL",
+    )
     _ready = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

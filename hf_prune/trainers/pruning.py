@@ -1,22 +1,30 @@
 """[`PruningTrainer`]: what all methods that prune during training share."""
 
 import copy
-from dataclasses import fields
-from typing import Any
+import os
+from dataclasses import asdict, fields
+from typing import Any, ClassVar
 
 import torch
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import logging
 
+from ..calibration import data_source
 from ..costs import CostTable
-from ..errors import ConfigError
+from ..errors import ConfigError, SaveError
 from ..gates import current_mask, remove_mask, without_mask
-from ..hub import save_pretrained
+from ..hub import push_to_hub, save_pretrained, write_card
+from ..hub.push import Repository
 from ..masks import PruningMask
+from ..methods import Paper
 from ..report import PruningReport, unit_rows
 from ..surgery import shrink
 from ..units import prunable_units
 from .arguments import PruningTrainingArguments, check_whole_model
 from .distillation import counted_positions, distillation_loss, logits_of
+
+logger = logging.get_logger(__name__)
 
 _HYPERPARAMETERS = (
     "learning_rate",
@@ -35,6 +43,17 @@ _HYPERPARAMETERS = (
 )
 
 
+# Arguments of Trainer.create_model_card, and what the metadata of a card call them.
+_METADATA = {
+    "language": "language",
+    "license": "license",
+    "tags": "tags",
+    "finetuned_from": "base_model",
+    "tasks": "pipeline_tag",
+    "dataset_tags": "datasets",
+}
+
+
 class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type-checked here
     """A `Trainer` whose model carries a mask, and whose [`~PruningTrainer.save_model`] saves the shrunk model.
 
@@ -45,8 +64,9 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
     [`PassTrainer`], its gates under keys that `from_pretrained` reports as unexpected. What `save_model()` and
     `push_to_hub()` write is shrunk, reloaded and compared before it takes the folder's place, with tokenizer, mask
     and a report with hyperparameters, costs, and metrics of the dense and the pruned model (where `eval_strategy` asks
-    for an evaluation). With `push_to_hub=True`, `hub_strategy="end"` keeps checkpoints off the Hub. The model in
-    memory keeps its shapes; [`~PruningTrainer.pruned_model`] is a shrunk copy.
+    for an evaluation), and a model card. With `push_to_hub=True` every commit on the Hub is such a folder: with
+    `hub_strategy="end"` there is one, with `"every_save"` another one at each checkpoint. The model in memory keeps
+    its shapes; [`~PruningTrainer.pruned_model`] is a shrunk copy.
 
     Args:
         args ([`PruningTrainingArguments`]): Its arguments.
@@ -55,7 +75,8 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         others: See `Trainer`.
 
     Raises:
-        ConfigError: `args` are of another class; the model is sharded (FSDP, DeepSpeed).
+        ConfigError: `args` are of another class; the model is sharded (FSDP, DeepSpeed); `hub_strategy` would upload
+            checkpoints for resuming, which hold the whole model and pickled arguments with the token.
         UnsupportedModelError: The model can't be pruned.
 
     Examples:
@@ -68,6 +89,8 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         ```
     """
 
+    paper: ClassVar[Paper | None] = None
+
     _checkpointing = False
 
     def __init__(self, *args: Any, teacher_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
@@ -78,6 +101,7 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         prunable_units(self.model)
         self.model.add_model_tags(["hf_prune", "pruning"])
         self.metrics: dict[str, dict[str, float]] = {}
+        self.card_metadata: dict[str, Any] = {}
         if self.args.eval_strategy != "no":
             self.callback_handler.callbacks.insert(0, _BeforeAndAfter(self))
         self.teacher_model: Any = teacher_model
@@ -168,6 +192,91 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             target = output_dir if output_dir is not None else self.args.output_dir
             save_pretrained(model, target, processing_class=processing, mask=mask, report=report)
 
+    # The Hub
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As [`~Trainer.init_hf_repo`]: create the repository.
+
+        Raises:
+            ConfigError: There is no token, the name can't be that of a repository, or `hub_strategy` is not for this.
+            SaveError: The Hub can't be reached, or refuses.
+        """
+        if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
+            raise ConfigError(
+                f"hub_strategy must be 'end' or 'every_save', got {str(self.args.hub_strategy.value)!r}: checkpoints "
+                "for resuming hold the whole model, and the token in their training_args.bin."
+            )
+        if self.is_world_process_zero():
+            name = self.args.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir))
+            private = private if private is not None else self.args.hub_private_repo
+            self.hub_model_id = Repository(name, token or self.args.hub_token).create(private)
+            self.push_in_progress = None
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """Save the model, with a card that holds these metadata beside what is known of the run.
+
+        Args:
+            model_name (`str`, *optional*): What the card calls the model. Defaults to the name of the folder.
+            kwargs: As of [`~Trainer.create_model_card`]: `language`, `license`, `tags`, `finetuned_from`, `tasks`,
+                `dataset_tags`. The others say nothing that is not known.
+        """
+        self._describe(kwargs)
+        self.save_model(_internal_call=True)
+        if self.args.should_save:
+            write_card(self.args.output_dir, name=model_name)
+
+    def _describe(self, given: dict[str, Any]) -> None:
+        self.card_metadata |= {key: given[name] for name, key in _METADATA.items() if given.get(name) is not None}
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the shrunk model, and upload it with its card in one commit.
+
+        Args:
+            commit_message, token, revision, private (*optional*): See [`~Trainer.push_to_hub`].
+            blocking (`bool`, *optional*, defaults to `True`): Kept for `Trainer`: the upload is waited for, as the
+                next save replaces the folder.
+            kwargs: Metadata of the card, see [`~PruningTrainer.create_model_card`].
+
+        Returns:
+            `CommitInfo`: On the main process, `None` on others.
+
+        Raises:
+            ConfigError, SaveError: See [`hub.push_to_hub`].
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self._describe(kwargs)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        return push_to_hub(
+            self.args.output_dir,
+            str(self.hub_model_id),
+            token=token or self.args.hub_token,
+            revision=revision or self.args.hub_revision,
+            commit_message=commit_message,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self._checkpointing = False
+        try:
+            self.push_to_hub(f"Training in progress, step {self.state.global_step}")
+        except SaveError as error:  # the training is worth more, and the next save pushes again
+            logger.warning(f"The training goes on: {error}")
+        finally:
+            self._checkpointing = True
+
     def _pruned(self) -> tuple[PreTrainedModel, PruningMask, PruningReport]:
         # Mixed precision puts a forward of its own on the instance, and a copy of it would call the original model.
         forward = self.model.__dict__.pop("forward", None)
@@ -194,8 +303,24 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
             seconds=next((x["train_runtime"] for x in reversed(self.state.log_history) if "train_runtime" in x), 0.0),
             processes=self.args.world_size,
             facts=self.facts(),
+            papers=[asdict(self.paper)] if self.paper is not None else [],
+            evaluation=self._evaluation(),
+            metadata=dict(self.card_metadata),
         )
         return shrink(model, mask), mask, report
+
+    def _evaluation(self) -> list[dict[str, Any]]:
+        """The metrics of the dense and the pruned model, side by side."""
+        before, after = (self.metrics.get(when, {}) for when in ("before", "after"))
+        data = self.eval_dataset
+        about: dict[str, Any] = data_source(data)
+        if hasattr(data, "__len__") and not isinstance(data, dict):
+            about["n"] = len(data)
+        return [
+            {"metric": name, "before": value, "after": after[name], **about}
+            for name, value in before.items()
+            if name in after
+        ]
 
     def facts(self) -> dict[str, Any]:
         """What the report says about the run beyond hyperparameters and costs."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer
 
 from ..errors import ConfigError
 from ..gates import current_mask
+from ..methods import Paper
 from ..search.spaces import Member, SearchSpace, search_space
 from ..slicing import subnetwork
 from ..units import prunable_units
@@ -98,6 +99,13 @@ class SuperNetTrainer(PruningTrainer):
         >>> trainer.train()
         ```
     """
+
+    paper = Paper(
+        "Structural Pruning of Pre-trained Language Models via Neural Architecture Search",
+        "TMLR 2024",
+        "",
+        "Aaron Klein and Jacek Golebiowski and Xingchen Ma and Valerio Perrone and Cedric Archambeau",
+    )
 
     def __init__(self, *args: Any, space: SearchSpace | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

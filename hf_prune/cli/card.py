@@ -1,0 +1,65 @@
+"""`hf-prune card`: write the model card of a saved model anew."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from ..hub import write_card
+from ..report import PruningReport
+
+_DESCRIPTION = """\
+Write the model card (README.md) of a saved model anew, from its report. `prune`
+has written one already; do it again to add what was measured since. A card that
+hf_prune did not write, or that you edited, is left alone.
+"""
+_EXAMPLES = """\
+examples:
+  hf-prune card ./bert-sst2-60
+  hf-prune bench ./bert-sst2-60 --against ./bert-sst2 --json > bench.json
+  hf-prune card ./bert-sst2-60 --bench bench.json --evaluation quality.json
+
+quality.json holds rows such as {"metric": "accuracy", "before": 0.865,
+"after": 0.853, "n": 1072, "dataset": "stanfordnlp/sst2", "split": "validation"}.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command and its arguments."""
+    parser.description, parser.epilog = _DESCRIPTION, _EXAMPLES
+    parser.add_argument("folder", metavar="FOLDER", help="a folder that save_pretrained or `hf-prune prune` wrote")
+    parser.add_argument("--name", metavar="NAME", help="what the card calls the model; default: the folder's name")
+    parser.add_argument(
+        "--bench",
+        metavar="FILE",
+        help="what `hf-prune bench FOLDER --against DENSE --json` has printed: the first row is the dense model, the "
+        "row of the folder's name (or the last one) is this one",
+    )
+    parser.add_argument("--evaluation", metavar="FILE", help="JSON, a list of what was measured, see below")
+
+
+def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What the command has done, as data and as text."""
+    folder = Path(args.folder).expanduser()
+    report = PruningReport.load(folder)
+    if args.bench:
+        rows = _rows(args.bench)
+        own = [row for row in rows[1:] if row.get("name") == folder.resolve().name] or rows[1:]
+        if not own:
+            raise ConfigError(f"{args.bench} has one row only: measure the model with --against the dense one.")
+        report.benchmark = [rows[0], own[-1]]
+    if args.evaluation:
+        report.evaluation = _rows(args.evaluation)
+    card = write_card(folder, report, name=args.name)
+    return {"card": str(card)}, f"Wrote {card}."
+
+
+def _rows(file: str) -> list[dict[str, Any]]:
+    try:
+        rows = json.loads(Path(file).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"Can't read {file}: {error}") from error
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ConfigError(f"{file} must hold a list of rows, each a JSON object.")
+    return rows

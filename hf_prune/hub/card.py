@@ -1,0 +1,283 @@
+"""The model card: what a [`PruningReport`] knows, in words, and only what was measured."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import PreTrainedModel
+from transformers.modelcard import TASK_MAPPING
+
+from ..errors import ConfigError, PruningError
+from ..layout import KEY
+from ..plots import plot_units
+from ..redaction import redact
+from ..report import PruningReport
+from . import sections
+from .markdown import block, code, line, table, text
+from .standalone import auto_classes
+
+CARD_FILE, PICTURE_FILE = "README.md", "pruning_layers.png"
+MARKER = "<!-- Rendered by hf_prune. Remove this line if you edit the card: hf_prune then leaves it alone. -->"
+
+
+def is_ours(readme: Path) -> bool:
+    """Whether a card may be replaced: hf_prune rendered it, and nobody has claimed it since."""
+    return readme.is_file() and MARKER in readme.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def write_card(
+    folder: str | os.PathLike[str], report: PruningReport | None = None, *, name: str | None = None
+) -> Path:
+    """Write the model card of a saved model, `README.md`, and its picture. `save_pretrained` has done so already;
+    do it again for a report that has learned more since.
+
+    Args:
+        folder (`str` or path): What [`save_pretrained`] wrote.
+        report ([`PruningReport`], *optional*): To save in the folder first. Defaults to the report that is there.
+        name (`str`, *optional*): What the card calls the model, such as its repository. Defaults to the folder's name.
+
+    Returns:
+        `Path`: The card.
+
+    Raises:
+        ConfigError: There is a card that hf_prune did not write, or that was claimed by removing the line which says
+            so.
+        PruningError: There is no report in the folder, or it is malformed.
+
+    Examples:
+        ```python
+        >>> rows = compare({"dense": "bert-sst2", "pruned": "bert-sst2-60"})
+        >>> report = PruningReport.load("bert-sst2-60")
+        >>> report.benchmark = [asdict(row) for row in rows]
+        >>> report.evaluation = [{"metric": "accuracy", "before": 0.865, "after": 0.853, "n": 1072}]
+        >>> write_card("bert-sst2-60", report)
+        ```
+    """
+    folder = Path(folder).resolve()
+    card = folder / CARD_FILE
+    if card.exists() and not is_ours(card):
+        raise ConfigError(f"{card} was not written by hf_prune, or was edited: move it away to get a new one.")
+    known = report if report is not None else PruningReport.load(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        draw_layers(known, folder / PICTURE_FILE)
+        rendered = render_card(known, config, name or folder.name, picture=(folder / PICTURE_FILE).exists())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PruningError(f"Can't write a card for {folder}: {error!r}") from error
+    if report is not None:
+        report.save(folder)
+    card.write_text(rendered, encoding="utf-8")
+    return card
+
+
+def draw_layers(report: PruningReport, path: Path) -> None:
+    """Draw the units that each layer keeps, where there are any and matplotlib is installed."""
+    if any(row["kept"] < row["size"] for row in report.units):
+        try:
+            plot_units(report.units, path)
+        except ImportError:
+            return
+
+
+def render_card(report: PruningReport, config: Mapping[str, Any], name: str, *, picture: bool = False) -> str:
+    """A model card.
+
+    Args:
+        report ([`PruningReport`]): What was done and measured.
+        config (`dict`): The model's `config.json`: it decides how the model loads.
+        name (`str`): What to call the model, such as its repository `"user/bert-sst2-60"`.
+        picture (`bool`, *optional*, defaults to `False`): `pruning_layers.png` lies beside the card.
+
+    Returns:
+        `str`: The card, as it stands in `README.md`. Whatever the report says is escaped, and without secrets.
+
+    Raises:
+        PruningError: The report is malformed.
+    """
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters |= {"text": text, "code": code, "block": block}
+    name, report = redact(name), PruningReport.from_dict(redact(report.to_dict()))
+    template = (files(__package__) / "model_card_template.md").read_text(encoding="utf-8")
+    try:
+        needs, remote = config.get(KEY) is not None, isinstance(config.get("auto_map"), Mapping)
+        metadata = _metadata(report, name, needs)
+        return environment.from_string(template).render(
+            metadata=metadata.to_yaml(),
+            marker=MARKER,
+            name=name,
+            report=report,
+            base=metadata.base_model if isinstance(metadata.base_model, str) else None,
+            usage=usage(name, report, needs, remote),
+            claim=_claim(report.verified),
+            picture=PICTURE_FILE if picture else None,
+            roads=_roads(report.verified or {}, needs, remote),
+            section=sections,
+        )
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise PruningError(f"The pruning report is malformed, no card can be made of it: {error!r}.") from error
+
+
+# Metadata
+
+
+def origin(model: PreTrainedModel) -> dict[str, Any]:
+    """What is known on this machine of the model that was pruned: its id on the Hub, and what its card states."""
+    source, commit = str(model.config.name_or_path or ""), getattr(model.config, "_commit_hash", None)
+    found: dict[str, Any] = {}
+    wanted = ["license", "license_name", "license_link", "language"]
+    readme: Any = None
+    if source and Path(source).is_dir():  # a folder has no public name, the model that it was made of may have one
+        wanted.append("base_model")
+        readme = Path(source) / CARD_FILE
+    elif commit is not None and is_repo_id(source):  # without a commit it may be a folder that is gone
+        found = {"base_model": source, "base_revision": commit}
+        readme = try_to_load_from_cache(source, CARD_FILE, revision=commit)
+    if isinstance(readme, str | Path) and Path(readme).is_file():
+        try:
+            data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+        except Exception:  # another's card, and YAML raises anything
+            return found
+        found |= {key: data[key] for key in wanted if data.get(key)}
+    return found
+
+
+def is_repo_id(name: Any) -> bool:
+    """Whether a name could be that of a repository on the Hub."""
+    try:
+        validate_repo_id(name)
+    except (HFValidationError, TypeError):
+        return False
+    return isinstance(name, str)
+
+
+def _metadata(report: PruningReport, name: str, needs_hf_prune: bool) -> ModelCardData:
+    given = report.metadata
+    tags = [KEY, "pruned", "weight-pruning" if report.weights else "structured-pruning", report.method]
+    tags += [given["tags"]] if isinstance(given.get("tags"), str) else given.get("tags") or []
+    task = given.get("pipeline_tag") or _task(report.model_class)
+    data: dict[str, Any] = {
+        "base_model": _those(given.get("base_model"), is_repo_id),
+        "license": _one(given.get("license"), r"[a-z0-9][a-z0-9.+-]*"),
+        "license_name": _one(given.get("license_name"), r"[A-Za-z0-9][\w.+ -]*"),
+        "license_link": _one(given.get("license_link"), r"(https://)?[\w./%#?=-]+"),
+        "language": _those(given.get("language"), lambda x: bool(re.fullmatch(r"[A-Za-z]{2,12}(-[A-Za-z]+)?", x))),
+        "datasets": _those(given.get("datasets") or (report.calibration or {}).get("dataset"), is_repo_id),
+        "pipeline_tag": _one(task, r"[a-z0-9-]+"),
+        "library_name": KEY if needs_hf_prune else "transformers",
+        "tags": _those(tags, lambda tag: bool(re.fullmatch(r"[\w.:+-]+", tag))),
+    }
+    if data["base_model"]:
+        data["base_model_relation"] = "finetune"  # the Hub has no value for pruning; without one it guesses
+    results = [
+        EvalResult(
+            task_type=data["pipeline_tag"],
+            dataset_type=line(row["dataset"]),
+            dataset_name=line(row["dataset"]),
+            dataset_config=line(row["config"]) if row.get("config") else None,
+            dataset_split=line(row["split"]) if row.get("split") else None,
+            dataset_revision=line(row["revision"]) if row.get("revision") else None,
+            metric_type=line(row["metric"]),
+            metric_value=float(row["after"]),
+        )
+        for row in report.evaluation
+        if row.get("dataset") and data["pipeline_tag"]
+    ]
+    if results:
+        data |= {"model_name": line(name), "eval_results": results}
+    return ModelCardData(**{key: value for key, value in data.items() if value})
+
+
+def _one(value: Any, pattern: str) -> str | None:
+    return value if isinstance(value, str) and re.fullmatch(pattern, value) else None
+
+
+def _those(value: Any, legal: Callable[[str], bool]) -> str | list[str] | None:
+    if isinstance(value, str):
+        return value if legal(value) else None
+    return [item for item in value if isinstance(item, str) and legal(item)] if isinstance(value, list) else None
+
+
+def _task(model_class: str) -> str | None:
+    def names(mapping: Any) -> set[str]:
+        return {name for value in mapping.values() for name in ([value] if isinstance(value, str) else value)}
+
+    return next((task for task, mapping in TASK_MAPPING.items() if model_class in names(mapping)), None)
+
+
+# How it loads
+
+
+def usage(name: str, report: PruningReport, needs_hf_prune: bool, remote: bool) -> str:
+    """The lines that load a model, and its tokenizer or processor where the save has loaded that too."""
+    cls, options = report.model_class, ""
+    first = ["import hf_prune  # rebuilds the shapes, pip install hf_prune"] if needs_hf_prune else []
+    if remote:
+        autos = [auto for auto, loads in auto_classes(report.model_type).items() if loads == cls]
+        cls, options, first = next(iter(autos), "AutoModel"), ", trust_remote_code=True", []
+    if not cls.isidentifier():
+        raise ValueError(f"{cls!r} names no class")
+    loads = [f"model = {cls}.from_pretrained({json.dumps(name)}{options})"]
+    processor = (report.verified or {}).get("processor")
+    names = [cls]
+    if processor in PROCESSORS:
+        names.append(processor)
+        loads.append(f"{PROCESSORS[processor]} = {processor}.from_pretrained({json.dumps(name)})")
+    return "\n".join([*first, f"from transformers import {', '.join(sorted(names))}", "", *loads])
+
+
+PROCESSORS = {
+    "AutoTokenizer": "tokenizer",
+    "AutoProcessor": "processor",
+    "AutoImageProcessor": "image_processor",
+    "AutoFeatureExtractor": "feature_extractor",
+}
+
+
+def _claim(verified: Mapping[str, Any] | None) -> str:
+    if verified is None:
+        return "These lines were not run when the model was saved."
+    outputs = (
+        "and the outputs on a random batch agreed" if verified["outputs"] else "and the outputs were not compared"
+    )
+    how = f"{text(verified['dtype'])}, attention {text(verified['attention'])}"
+    if verified["remote_code"]:
+        what = (
+            "the class behind these lines was loaded from the saved files and their code, with hf_prune switched off"
+        )
+    else:
+        what = "these lines were run on the saved files"
+    return (
+        f"When the model was saved, {what} ({how}). The weights were equal to those in memory to the last bit, "
+        f"{outputs}."
+    )
+
+
+def _roads(verified: Mapping[str, Any], needs_hf_prune: bool, remote: bool) -> str:
+    tested, untested = "when it was saved", "not tested"
+    plain = bool(verified) and not needs_hf_prune and not verified["remote_code"]
+    imported = bool(verified) and needs_hf_prune and not verified["remote_code"]
+    rows = [
+        [
+            "transformers alone",
+            "no" if needs_hf_prune else "yes",
+            tested if plain else "" if needs_hf_prune else untested,
+        ],
+        ["transformers after `import hf_prune`", "yes", tested if imported else untested],
+        [
+            "`trust_remote_code=True`, hf_prune not installed",
+            "yes" if remote else "no" if needs_hf_prune else "not needed",
+            "" if not remote else tested if verified.get("remote_code") else untested,
+        ],
+        ["ONNX", "", untested],
+    ]
+    return table(["With", "loads", "tested"], rows)

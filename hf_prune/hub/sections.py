@@ -1,0 +1,253 @@
+"""The sections of a model card, as Markdown: each is a function of the report."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from ..benchmark import Measurement, setting, si_scale
+from ..errors import PruningError
+from ..methods import MethodConfig
+from ..report import PruningReport
+from ..timing import Latency
+from .markdown import code, table, text
+
+_SHARES = ("accuracy", "exact_match", "eval_accuracy")  # means of n answers that are right or wrong
+
+
+def measurements(report: PruningReport) -> list[Measurement]:
+    """The dense and the pruned row of the report's benchmark; empty where there is none."""
+    if not report.benchmark:
+        return []
+    rows = [Measurement(**{**row, "latency": [Latency(**run) for run in row["latency"]]}) for row in report.benchmark]
+    return [rows[0], rows[-1]]
+
+
+def verdict(report: PruningReport, base: str | None) -> str:
+    """One line with the numbers that matter."""
+    dense = f"[{text(base)}](https://huggingface.co/{base})" if base else f"A dense {text(report.model_class)}"
+    if report.weights:
+        done = f"{report.sparsity():.1%} of the weights in {len(report.weights)} matrices are zero"
+        done += ". Zeros in dense tensors make a model neither smaller nor faster" if report.latency is None else ""
+    else:
+        done = f"{_less(report.ratio('macs'))} multiply-accumulates and {_less(report.ratio('params'))} parameters"
+    facts = [f"**{dense}, pruned with {text(report.method)}: {done}"]
+    rows = measurements(report)
+    if rows and rows[0].latency:
+        before, after = (row.latency[0] for row in rows)
+        where = f"batch {before.batch_size}, {text(setting(rows[0]).partition(';')[0])}"
+        facts.append(f"one forward pass takes {after.p50_ms / before.p50_ms:.2f}× the time ({where})")
+    for row in report.evaluation[:1]:
+        n = f" (n = {row['n']:,})" if row.get("n") else ""
+        facts.append(f"{text(row['metric'])} {row['before']:.4f} → {row['after']:.4f}{n}")
+    return "; ".join(facts) + ".**"
+
+
+def _less(ratio: float) -> str:
+    return f"{abs(1 - ratio):.0%} {'fewer' if ratio <= 1 else 'more'}"
+
+
+def measured(report: PruningReport) -> str:
+    """Dense against pruned: a row for each thing that was counted or measured, and no other."""
+    rows: list[list[str]] = []
+
+    def add(what: str, before: float, after: float, unit: str = "", scale: tuple[str, float] | None = None) -> None:
+        prefix, factor = scale if scale is not None else si_scale(max(before, after))
+        cells = [f"{value / factor:.2f} {prefix}{unit}".rstrip() for value in (before, after)]
+        rows.append([what, *cells, f"{after / before:.2f}×" if before else ""])
+
+    for row in report.evaluation:
+        n = row.get("n")
+        what = f"{text(row['metric'])}{f' (n = {n:,})' if n else ''}"
+        cells = [_quality(row, when) for when in ("before", "after")]
+        rows.append([what, *cells, f"{row['after'] - row['before']:+.4f}"])
+    for key, what in (
+        ("params", "parameters"),
+        ("nonzero", "parameters that are not zero"),
+        ("macs", "MACs per example"),
+    ):
+        if key in report.before and key in report.after:
+            add(what, report.before[key], report.after[key])
+    pair = measurements(report)
+    if pair:
+        dense, pruned = pair
+        add("weights on disk", dense.disk_bytes, pruned.disk_bytes, "B")
+        add("peak memory", dense.peak_memory_bytes, pruned.peak_memory_bytes, "B")
+        for index, run in enumerate(dense.latency):
+            for name in ("p50_ms", "p95_ms"):
+                before, after = (getattr(row.latency[index], name) for row in pair)
+                add(f"latency {name[:3]}, batch {run.batch_size}", before, after, "s", ("m", 1))
+    elif report.latency is not None and report.latency["before"] is not None:
+        add("latency p50", report.latency["before"], report.latency["after"], "s", ("m", 1))
+    return table(["", "dense", "pruned", "pruned vs dense"], rows)
+
+
+def _quality(row: Mapping[str, Any], when: str) -> str:
+    value, interval = row[when], row.get(f"interval_{when}")
+    if interval is None and row.get("n") and row["metric"] in _SHARES:
+        interval = wilson_interval(value, row["n"])
+    return f"{value:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """95 % confidence interval of a share of n independent answers: E. B. Wilson, JASA 22 (1927)."""
+    z = 1.959964
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+def notes(report: PruningReport) -> str:
+    """What the figures of the table hold for."""
+    found = []
+    if report.sequence_lengths:
+        lengths = ", ".join(f"{n:.4g}" for n in report.sequence_lengths.values())
+        found.append(f"MACs: the layers' multiply-accumulates for one example of {lengths} tokens.")
+    if any(row.get("n") and row["metric"] in _SHARES for row in report.evaluation):
+        found.append("In brackets: 95 % confidence intervals, each of one model alone.")
+    data = [
+        f"{text(row['metric'])} on {text(' '.join(str(row[k]) for k in ('dataset', 'config', 'split') if row.get(k)))}"
+        for row in report.evaluation
+        if row.get("dataset")
+    ]
+    if data:
+        found.append(f"Measured: {', '.join(dict.fromkeys(data))}.")
+    pair = measurements(report)
+    if pair and pair[0].latency:
+        found.append(f"Latency of one forward pass, the models taking turns: {text(setting(pair[0]))}.")
+    elif report.latency is not None and report.latency["before"] is not None:
+        found.append(f"Latency: {text(report.latency['where'])}.")
+    return "\n".join(found)
+
+
+def plan(report: PruningReport) -> str:
+    """What is left, layer by layer. Empty where nothing was pruned."""
+    if report.weights:
+        cells = {row["name"]: f"{row['zeros'] / max(row['size'], 1):.1%}" for row in report.weights}
+        return _by_layer(report.weights, cells, "share of zeros")
+    if all(row["kept"] == row["size"] for row in report.units):
+        return ""
+    cells = {row["name"]: f"{row['kept']:,} of {row['size']:,}" for row in report.units}
+    return _by_layer(report.units, cells, "kept")
+
+
+def _by_layer(rows: Sequence[Mapping[str, Any]], cells: Mapping[str, str], what: str) -> str:
+    places = dict.fromkeys((row["stack"], row["layer"]) for row in rows)
+    columns = dict.fromkeys(_column(row) for row in rows)
+    found = {(row["stack"], row["layer"], _column(row)): cells[row["name"]] for row in rows}
+    lines = [
+        [
+            text(stack if layer < 0 else f"{stack}.{layer}"),
+            *(found.get((stack, layer, column), "") for column in columns),
+        ]
+        for stack, layer in places
+    ]
+    return table([what, *map(text, columns)], lines)
+
+
+def _column(row: Mapping[str, Any]) -> str:
+    return str(row["name"]).removeprefix(f"{row['stack']}.").removeprefix(f"{row['layer']}.")
+
+
+def call(report: PruningReport) -> tuple[str, str] | None:
+    """The command line, or the call that prunes so, and its language."""
+    if report.command:
+        return report.command, "bash"
+    try:
+        config = MethodConfig.from_dict(report.config)
+    except (PruningError, TypeError):
+        return None
+    given = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in fields(config)
+        if field.default is MISSING or getattr(config, field.name) != field.default
+    ]
+    data = ", data" if report.calibration else ""
+    return f"hf_prune.prune(model, hf_prune.{type(config).__name__}({', '.join(given)}){data})", "python"
+
+
+def calibration(report: PruningReport) -> str:
+    """The data that the method looked at."""
+    data = report.calibration
+    if data is None:
+        return "the training data." if "steps" in report.facts else "none."
+    source = " ".join(str(data[key]) for key in ("dataset", "config", "split") if data.get(key))
+    of = f" of {text(source)}" if source else ""
+    revision = f" at revision {text(data['revision'])}" if data.get("revision") else ""
+    return (
+        f"{data['samples']:,} examples{of}{revision}, {data['tokens']:,} tokens, {data['mean_length']:.4g} in the "
+        f"mean. SHA-256 of what the model saw: `{code(data['sha256'])}`."
+    )
+
+
+def recovery(report: PruningReport) -> str:
+    """How the model was repaired after, or while, it was pruned."""
+    parts = []
+    way = report.facts.get("recover") or report.config.get("recover")
+    if way and way != "none":
+        named = {"lstsq": "least squares", "scale": "one factor for each unit", "bias": "the biases alone"}
+        parts.append(f"what is kept was refitted to the dense model ({text(named.get(way, way))})")
+    if "steps" in report.facts:
+        taught = report.config.get("distillation_weight")
+        teacher = f", distillation weight {text(taught)}" if taught else ""
+        parts.append(f"trained for {report.facts['steps']:,} steps{teacher}")
+    if report.recovery:
+        parts.append(", ".join(f"{text(key)} {text(value)}" for key, value in report.recovery.items()))
+    return "; ".join(parts) + "." if parts else "none."
+
+
+def limits(report: PruningReport) -> list[str]:
+    """What was not measured, and what holds for any pruned model."""
+    found = []
+    if report.evaluation:
+        found.append("Its quality was measured with the metrics above, and no other.")
+    else:
+        found.append("Its quality was not measured: evaluate it on your task before you rely on it.")
+    pair = measurements(report)
+    if report.weights and report.latency is None:
+        found.append("Tensors keep their shapes: memory and latency gain nothing without kernels for sparse weights.")
+    elif pair and pair[0].latency or (report.latency is not None and report.latency["before"] is not None):
+        found.append("Latency holds for the hardware and the sizes named above.")
+    else:
+        found.append("Latency was not measured. Fewer multiply-accumulates are not always less time.")
+    found.append(
+        "Pruning costs rare classes, groups and languages more than an average shows. Bias and safety of the dense "
+        "model carry over and were not tested again."
+    )
+    if not report.metadata.get("license"):
+        found.append("No license is stated, for the card of the dense model was not at hand: that model's holds.")
+    return found
+
+
+def paper(source: Mapping[str, Any]) -> str:
+    """A paper in the running text."""
+    title, url = text(source["title"]), _url(source)
+    return f"{f'[{title}]({url})' if url else title} ({text(source['venue'])})"
+
+
+def citation(source: Mapping[str, Any]) -> str:
+    """A paper as BibTeX."""
+    lines = {
+        "title": f"{{{source['title']}}}",
+        "author": source.get("authors"),
+        "note": source["venue"],
+        "eprint": source.get("arxiv"),
+        "archivePrefix": "arXiv" if source.get("arxiv") else None,
+        "url": _url(source),
+    }
+    words = "".join(c if c.isalnum() else " " for c in source["title"]).split()
+    body = ",\n".join(f"  {key} = {{{' '.join(str(value).split())}}}" for key, value in lines.items() if value)
+    return f"@misc{{{''.join(words[:3]).lower()},\n{body}\n}}"
+
+
+def _url(source: Mapping[str, Any]) -> str | None:
+    arxiv, url = source.get("arxiv"), source.get("url") or ""
+    if arxiv and all(c.isalnum() or c in "./-" for c in arxiv):
+        return f"https://arxiv.org/abs/{arxiv}"
+    return url if url.startswith("https://") and not set(url) & set(" ()<>\"'`\\\n") else None
+
+
+def settings(report: PruningReport) -> str:
+    """All options, as JSON."""
+    return json.dumps(report.config, indent=2, ensure_ascii=False)

@@ -1,0 +1,398 @@
+"""Model cards: what a reader sees, what machines read, and what must never be in one."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from test_saving import tokenizer
+from tiny import tiny_model
+
+import hf_prune
+from hf_prune import PruningReport, cli, render_card, write_card
+from hf_prune.benchmark import Measurement
+from hf_prune.errors import ConfigError, PruningError
+from hf_prune.hub.card import MARKER, origin
+from hf_prune.hub.markdown import block, code, text
+from hf_prune.hub.sections import wilson_interval
+from hf_prune.redaction import redact
+from hf_prune.timing import Latency
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+TEXTS = ["good film", "very bad film", "good", "very very bad"] * 8
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A pruned model, saved, and its report."""
+    folder = tmp_path_factory.mktemp("saved") / "bert-small"
+    model = hf_prune.prunable(tiny_model("bert"))
+    config = hf_prune.KCMConfig(budget={"macs": 0.7}, exclude=("encoder.layer.0.*",))
+    model.prune(config, TEXTS, processing_class=tokenizer())
+    model.shrink().save_pretrained(folder, processing_class=tokenizer())
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return Path(shutil.copytree(saved, tmp_path / "bert-small"))
+
+
+@pytest.fixture
+def report(saved):
+    return PruningReport.load(saved)
+
+
+@pytest.fixture
+def config(saved):
+    return json.loads((saved / "config.json").read_text())
+
+
+def measured(report):
+    """The report, with a benchmark and an evaluation."""
+    runs = [
+        [Latency(p50, 1.5 * p50, batch, 27, "cpu", 1, "float32") for batch, p50 in ((1, 10 * s), (8, 60 * s))]
+        for s in (1, 0.5)
+    ]
+    rows = [
+        Measurement("a", 1000, 2e6, 4_000_000, 8_000_000, runs[0]),
+        Measurement("b", 700, 1e6, 3_000_000, 6_000_000, runs[1]),
+    ]
+    report.benchmark = [asdict(row) for row in rows]
+    report.evaluation = [
+        {
+            "metric": "accuracy",
+            "before": 0.8773,
+            "after": 0.867,
+            "n": 872,
+            "dataset": "nyu-mll/glue",
+            "config": "sst2",
+        },
+        {"metric": "loss", "before": 0.31, "after": 0.33},
+    ]
+    return report
+
+
+def fenced(card, language):
+    return re.findall(rf"```{language}\n(.*?)\n```", card, re.DOTALL)
+
+
+class TestWhatAReaderSees:
+    def test_a_save_writes_it(self, saved):
+        card = (saved / "README.md").read_text()
+        assert MARKER in card and (saved / "pruning_layers.png").read_bytes().startswith(b"\x89PNG")
+        assert "# bert-small" in card and "pruning_layers.png)" in card
+        assert "30% fewer multiply-accumulates" in card
+        assert "(https://arxiv.org/abs/2303.04185) (ICML 2023)" in card and "Azade Nova" in fenced(card, "bibtex")[0]
+        assert "32 examples, 84 tokens" in card or re.search(r"32 examples, \d+ tokens", card)
+        assert "| transformers alone | no |  |" in card
+        assert "| transformers after `import hf_prune` | yes | when it was saved |" in card
+
+    def test_the_snippet_is_what_the_save_has_run(self, saved):
+        card = (saved / "README.md").read_text()
+        assert "these lines were run on the saved files (float32, attention sdpa)" in card
+        assert "the outputs on a random batch agreed" in card
+        found = {}
+        (lines,) = [source for source in fenced(card, "python") if "from_pretrained" in source]
+        exec(lines.replace('"bert-small"', repr(str(saved))), found)
+        assert type(found["model"]).__name__ == "BertForSequenceClassification" and len(found["tokenizer"]) == 8
+
+    def test_nothing_is_claimed_that_was_not_run(self, report, config):
+        report.verified["outputs"] = False
+        assert "the outputs were not compared" in render_card(report, config, "x")
+        report.verified["processor"] = None
+        assert "tokenizer =" not in render_card(report, config, "x")
+        report.verified = None
+        card = render_card(report, config, "x")
+        assert "were not run" in card and "were run" not in card and "when it was saved" not in card
+
+    def test_remote_code(self, tmp_path):
+        model = hf_prune.prunable(tiny_model("bert"))
+        model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+        model.shrink().save_pretrained(tmp_path / "m", standalone=True)
+        card = (tmp_path / "m" / "README.md").read_text()
+        assert 'AutoModelForSequenceClassification.from_pretrained("m", trust_remote_code=True)' in card
+        assert "with hf_prune switched off" in card
+        assert "| `trust_remote_code=True`, hf_prune not installed | yes | when it was saved |" in card
+        assert "| transformers after `import hf_prune` | yes | not tested |" in card
+        assert "Calibration data: none." in card and "Recovery: none." in card
+
+    def test_only_what_was_measured(self, report, config):
+        card = render_card(report, config, "x")
+        for word in ("latency p50", "peak memory", "weights on disk", "accuracy", "batch 1", "Measured:"):
+            assert word not in card
+        assert "Latency was not measured" in card and "quality was not measured" in card
+        card = render_card(measured(report), config, "x")
+        low, high = wilson_interval(0.8773, 872)
+        assert f"| accuracy (n = 872) | 0.8773 ({low:.3f} to {high:.3f}) |" in card
+        assert "| loss | 0.3100 | 0.3300 | +0.0200 |" in card
+        assert "| weights on disk | 4.00 MB | 3.00 MB | 0.75× |" in card
+        assert "| peak memory | 8.00 MB | 6.00 MB | 0.75× |" in card
+        assert "| latency p50, batch 8 | 60.00 ms | 30.00 ms | 0.50× |" in card
+        assert "27 tokens, float32, CPU, 1 thread" in card
+        assert "one forward pass takes 0.50× the time (batch 1, 27 tokens, float32, CPU, 1 thread)" in card
+        assert "accuracy 0.8773 → 0.8670 (n = 872)" in card and "quality was not measured" not in card
+
+    def test_the_plan_has_a_row_for_each_layer(self, report, config):
+        card = render_card(report, config, "x")
+        for layer in range(3):
+            row = next(line for line in card.splitlines() if line.startswith(f"| encoder.layer.{layer} |"))
+            kept = [unit for unit in report.units if unit["layer"] == layer]
+            assert all(f"{unit['kept']} of {unit['size']}" in row for unit in kept) and kept
+
+    def test_call_or_command(self, report, config):
+        report.command = None
+        call = next(source for source in fenced(render_card(report, config, "x"), "python") if "prune(" in source)
+        assert "KCMConfig(exclude=" in call and "budget={'macs': 0.7}" in call and "sigma" not in call
+        report.command = "hf-prune prune bert --method kcm"
+        assert fenced(render_card(report, config, "x"), "bash") == ["hf-prune prune bert --method kcm"]
+
+    def test_weights(self, tmp_path):
+        model = hf_prune.prunable(tiny_model("llama"))
+        model.prune(hf_prune.WeightMagnitudeConfig(sparsity=0.5))
+        model.save_pretrained(tmp_path / "m")
+        card = (tmp_path / "m" / "README.md").read_text()
+        assert "50.0% of the weights in 21 matrices are zero" in card and "neither smaller nor faster" in card
+        assert "parameters that are not zero" in card and "pruning_layers.png" not in card
+        assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+        assert "| transformers alone | yes | when it was saved |" in card
+
+    def test_recovery(self, report, config):
+        assert "least squares" in render_card(report, config, "x")
+        report.recovery = {"method": "LoRA", "rank": 8}
+        assert "method LoRA, rank 8." in render_card(report, config, "x")
+
+
+class TestMetadata:
+    def data(self, report, config, name="user/x"):
+        return ModelCard(render_card(report, config, name)).data
+
+    def test_model_index(self, report, config):
+        (result,) = self.data(measured(report), config).eval_results  # the loss is of no known data
+        assert (result.metric_type, result.metric_value, result.dataset_config) == ("accuracy", 0.867, "sst2")
+
+    @pytest.mark.parametrize(
+        ("given", "found"),
+        [
+            ({"license": "mit", "language": ["en", "de"]}, {"license": "mit", "language": ["en", "de"]}),
+            ({"base_model": "google-bert/bert-base-uncased"}, {"base_model_relation": "finetune"}),
+            ({"license": "mit\nevil: true"}, {"license": None, "evil": None}),
+            ({"license": 5, "language": {"a": 1}, "tags": "one"}, {"license": None, "language": None}),
+            ({"base_model": "../../etc"}, {"base_model": None, "base_model_relation": None}),
+            (
+                {"datasets": ["a/b", "c: d"], "license_link": "javascript:x"},
+                {"datasets": ["a/b"], "license_link": None},
+            ),
+        ],
+    )
+    def test_what_is_given_is_taken_if_it_can_be_true(self, report, config, given, found):
+        report.metadata = given
+        data = self.data(report, config).to_dict()
+        assert {key: data.get(key) for key in found} == found
+
+    def test_the_license_is_copied_from_the_card_of_the_dense_model(self, tmp_path):
+        dense = tmp_path / "dense"
+        tiny_model("bert").save_pretrained(dense)
+        model = hf_prune.AutoPrunableModelForSequenceClassification.from_pretrained(dense)
+        assert origin(model) == {}
+        (dense / "README.md").write_text("---\nlicense: mit\nlanguage: en\nbase_model: a/b\ntags: [x]\n---\n# Hi\n")
+        model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+        model.shrink().save_pretrained(tmp_path / "small")
+        data = ModelCard.load(tmp_path / "small" / "README.md").data
+        assert (data.license, data.language, data.base_model) == ("mit", "en", "a/b")
+        (dense / "README.md").write_text("---\nlicense: [\n---\n")
+        assert origin(model) == {}
+
+
+HOSTILE = [
+    "</details><script>alert(1)</script>",
+    "| a | b |\n| --- | --- |\n# Title",
+    "{{ 7 * 7 }}{% raw %}",
+    "---\nlicense: evil\n---",
+    "``` \n~~~~ ````",
+    "[link](javascript:alert(1)) ![x](http://y) **b** `c` $x$",
+    "\u202egnp.exe\x00\x1b[31m",
+]
+SECRETS = {
+    "hf_" + "Ab1" * 11: "a token",
+    "ghp_" + "Ab1" * 12: "a token",
+    "https://me:hunter2@example.com/x": "hunter2",
+    "--hub-token hunter3x": "hunter3x",
+    "https://example.com/?token=hunter4x&a=1": "hunter4x",
+    "Authorization: Bearer hunter5x": "hunter5x",
+    "/home/canary/secret-project": "canary",
+    "/Users/canary/secret-project": "canary",
+    "C:\\Users\\canary\\secret": "canary",
+    "the value sesame-open-now": "sesame-open-now",
+}
+
+
+def planted(report, words):
+    """A report that has these words in every field that takes any."""
+    data = measured(report).to_dict()
+    data.update(method=words, model_type=words, command=words, sequence_lengths={words: 27.0})
+    data["config"] |= {words: words, "seed": words, "recover": words}
+    data["facts"] |= {"recover": words}
+    data["packages"] |= {words: words}
+    data["recovery"] = {words: words}
+    data["calibration"] |= {"dataset": words, "split": words, "revision": words, "sha256": words}
+    data["metadata"] = dict.fromkeys(
+        ("base_model", "license", "license_name", "license_link", "language", "datasets", "tags", "base_revision"),
+        words,
+    )
+    data["papers"] = [dict.fromkeys(("title", "venue", "arxiv", "authors", "url"), words)]
+    for row in data["evaluation"]:
+        row |= dict.fromkeys(("metric", "dataset", "config", "split", "revision"), words)
+    for row in data["benchmark"]:
+        row["name"] = words
+        for run in row["latency"]:
+            run |= {"device": words, "dtype": words}
+    for row in data["units"]:
+        row |= {"name": f"{row['name']}{words}", "stack": f"{row['stack']}{words}"}
+    data["verified"] |= {"dtype": words, "attention": words}
+    return PruningReport.from_dict(data)
+
+
+class TestForeignWords:
+    @pytest.mark.parametrize("words", HOSTILE)
+    def test_they_stay_words(self, report, config, words):
+        card = render_card(planted(report, words), config, words)
+        _, head, body = card.split("---\n", 2)
+        data = yaml.safe_load(head)
+        assert set(data) <= {"tags", "pipeline_tag", "library_name", "model-index"}, data
+        outside = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", body, flags=re.DOTALL | re.MULTILINE)
+        outside = re.sub(r"(?<!\\)`[^`\n]*`", "", outside)
+        tags = re.findall(r"<[^>]*>", outside)
+        assert set(tags) <= {MARKER, "<details>", "</details>", "<summary>", "</summary>"}
+        assert [line for line in outside.splitlines() if line.startswith("#")][0].startswith("# ")
+        assert sum(line.startswith("# ") for line in outside.splitlines()) == 1
+        assert "49" not in outside and not re.search(r"(?<!\\)\]\((javascript|http):", outside)
+        assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", outside)
+        for line in outside.splitlines():  # no cell is split in two
+            if line.startswith("| encoder"):
+                assert len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", rows_head(outside)))
+
+    @pytest.mark.parametrize(("words", "secret"), SECRETS.items())
+    def test_secrets_are_left_out(self, report, config, words, secret, tmp_path, monkeypatch):
+        monkeypatch.setenv("WANDB_API_KEY", "sesame-open-now")
+        secret = words if secret == "a token" else secret
+        report = planted(report, words)
+        assert secret in json.dumps(report.to_dict())  # the canary is there
+        assert secret not in render_card(report, config, words)
+        report.save(tmp_path / "report.json")
+        assert secret not in (tmp_path / "report.json").read_text()
+
+    def test_home(self, monkeypatch):
+        monkeypatch.setenv("HOME", "/srv/people/canary")
+        assert redact("see /srv/people/canary/x and /srv/people/canary2") == "see ~/x and /srv/people/canary2"
+        assert redact({"hub_token": "x", "pad_token": "[PAD]", "tokens": 5}) == {
+            "hub_token": "...",
+            "pad_token": "[PAD]",
+            "tokens": 5,
+        }
+
+    def test_plain_words_come_out_as_they_are(self):
+        sentence = "Accuracy of 5,120 tokens at 0.5 - see a/b.c (n = 3)"
+        assert redact(sentence) == text(sentence) == code(sentence) == sentence
+        assert block("a\n```\nb") == "````\na\n```\nb\n````"
+
+
+def rows_head(body):
+    return next(line for line in body.splitlines() if line.startswith("| kept |"))
+
+
+class TestWriting:
+    def test_it_is_a_function_of_what_is_saved(self, folder):
+        before = (folder / "README.md").read_bytes()
+        write_card(folder)
+        assert (folder / "README.md").read_bytes() == before
+
+    def test_a_report_that_learned_more(self, folder):
+        report = measured(PruningReport.load(folder))
+        write_card(folder, report, name="me/it")
+        card = (folder / "README.md").read_text()
+        assert "# me/it" in card and "0.8773" in card
+        assert PruningReport.load(folder).evaluation == report.evaluation
+
+    def test_the_card_of_somebody_else_stays(self, folder):
+        edited = (folder / "README.md").read_text().replace(MARKER, "") + "mine"
+        (folder / "README.md").write_text(edited)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ConfigError, match="was not written by hf_prune, or was edited"):
+            write_card(folder, measured(PruningReport.load(folder)))
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+        model = hf_prune.prunable(tiny_model("bert"))
+        model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+        model.save_pretrained(folder)
+        assert (folder / "README.md").read_text() == edited
+        assert PruningReport.load(folder).method == "magnitude"
+
+    def test_a_card_of_ours_goes_with_its_model(self, folder):
+        hf_prune.save_pretrained(tiny_model("bert"), folder)  # without a report
+        assert not {"README.md", "pruning_layers.png", "pruning_report.json"} & set(os.listdir(folder))
+
+    @pytest.mark.parametrize(
+        "broken",
+        [
+            {"units": [{}]},
+            {"evaluation": [{"metric": "x", "before": "a", "after": "b"}]},
+            {"benchmark": [{"name": "x"}]},
+            {"papers": [{}]},
+            {"model_class": "os; import x"},
+            {"verified": {}},
+            {"before": {}, "after": {}},
+        ],
+        ids=lambda broken: next(iter(broken)),
+    )
+    def test_malformed_reports(self, folder, broken):
+        data = {**json.loads((folder / "pruning_report.json").read_text()), **broken}
+        (folder / "pruning_report.json").write_text(json.dumps(data))
+        before = (folder / "README.md").read_bytes()
+        with pytest.raises(PruningError, match="malformed|card"):
+            write_card(folder)
+        assert (folder / "README.md").read_bytes() == before
+
+    def test_a_card_that_fails_costs_no_model(self, tmp_path, report, caplog):
+        report.evaluation = [{"metric": "x"}]
+        hf_prune.save_pretrained(tiny_model("bert"), tmp_path / "m", report=report)
+        assert not (tmp_path / "m" / "README.md").exists() and (tmp_path / "m" / "model.safetensors").exists()
+
+    def test_older_reports(self, folder, report):
+        new = ("papers", "command", "recovery", "evaluation", "benchmark", "metadata", "verified")
+        data = {key: value for key, value in report.to_dict().items() if key not in new}
+        (folder / "pruning_report.json").write_text(json.dumps(data))
+        write_card(folder)
+        assert "were not run" in (folder / "README.md").read_text()
+
+    def test_command_line(self, folder, tmp_path, capsys):
+        report = measured(PruningReport.load(folder))
+        (tmp_path / "bench.json").write_text(json.dumps(report.benchmark))
+        (tmp_path / "quality.json").write_text(json.dumps(report.evaluation))
+        options = ["--bench", str(tmp_path / "bench.json"), "--evaluation", str(tmp_path / "quality.json"), "--json"]
+        assert cli.main(["card", str(folder), *options]) == 0
+        assert json.loads(capsys.readouterr().out) == {"card": str(folder / "README.md")}
+        assert "0.8773" in (folder / "README.md").read_text() and "peak memory" in (folder / "README.md").read_text()
+        (tmp_path / "bench.json").write_text("{}")
+        assert cli.main(["card", str(folder), *options]) == 1
+        assert "must hold a list of rows" in capsys.readouterr().err
+        assert cli.main(["card", str(tmp_path)]) == 1
+        assert "holds no pruning report" in capsys.readouterr().err
+
+
+def test_intervals():
+    assert wilson_interval(0.5, 100) == pytest.approx((0.404, 0.596), abs=5e-4)  # Wilson (1927) at p = 1/2
+    assert wilson_interval(1.0, 10)[1] == pytest.approx(1.0) and wilson_interval(1.0, 10)[0] < 0.75
+
+
+@pytest.mark.parametrize("folder", sorted(CARDS.glob("*/")), ids=lambda folder: folder.name)
+def test_the_cards_in_the_repository_are_those_of_their_reports(folder, tmp_path):
+    report = PruningReport.load(folder)
+    config = json.loads((folder / "config.json").read_text())
+    rendered = render_card(report, config, folder.name, picture=(folder / "pruning_layers.png").exists())
+    assert rendered == (folder / "README.md").read_text(encoding="utf-8")
+    assert report.command and report.benchmark or report.evaluation, "cards in the repository have measured figures"

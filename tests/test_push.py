@@ -1,0 +1,235 @@
+"""Pushing to a Hub and loading from it, over the Hub's HTTP protocol: see loopback_hub.py and push_client.py."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from loopback_hub import OTHER_TOKEN, READ_TOKEN, TOKEN, LoopbackHub
+from test_layout import shrunk
+
+import hf_prune
+from hf_prune import cli
+from hf_prune.errors import ConfigError, SaveError
+from hf_prune.hub.card import MARKER
+
+HERE = Path(__file__).parent
+ALWAYS = {".gitattributes", "README.md", "config.json", "model.safetensors", "pruning_layers.png"}
+ALWAYS |= {"pruning_mask.safetensors", "pruning_report.json"}
+WORDS = {"tokenizer.json", "tokenizer_config.json"}
+
+
+def run(code, hub, home, *arguments, **environment):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    path = {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    return subprocess.run(
+        [sys.executable, *code, *map(str, arguments)],
+        env={**inherited, **path, **hub.client_environment(home), **environment},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """The Hub after the client is done, with what that has printed."""
+    scratch = tmp_path_factory.mktemp("client")
+    with LoopbackHub() as hub:
+        hub.scratch = scratch
+        hub.done = run([str(HERE / "push_client.py")], hub, scratch / "home", scratch)
+        assert hub.done.returncode == 0, hub.done.stderr[-5000:]
+        hub.printed = json.loads(hub.done.stdout.splitlines()[-1])
+        yield hub
+
+
+def commits(client, repo, branch="main"):
+    return client.repos[repo].branches[branch]
+
+
+def card(commit):
+    return ModelCard(commit.files["README.md"].decode())
+
+
+@pytest.mark.parametrize(
+    ("repo", "files"),
+    {
+        "plain": ALWAYS | WORDS,
+        "layout": ALWAYS,
+        "standalone": ALWAYS | {"modeling_hf_prune.py"},
+        "private": None,
+        "trained-end": ALWAYS | WORDS,
+    }.items(),
+)
+def test_one_commit_brings_everything_and_our_card(client, repo, files):
+    first, *others = commits(client, f"user/{repo}")
+    assert first.title == "initial commit" and len(others) == 1
+    (commit,) = others
+    assert files is None or set(commit.files) == files
+    assert MARKER in commit.files["README.md"].decode()
+    assert f'from_pretrained("user/{repo}"' in card(commit).text
+
+
+@pytest.mark.parametrize("road", ["plain", "layout", "folder", "revision", "pull request loads", "private"])
+def test_what_is_on_the_hub_computes_what_was_in_memory(client, road):
+    assert client.printed["results"][road] is True
+
+
+def test_remote_code_loads_where_hf_prune_is_not_installed(client, tmp_path):
+    code = """
+import sys
+sys.modules["hf_prune"] = None
+import torch, transformers as T
+from tiny import tiny_batch
+model = T.AutoModelForSequenceClassification.from_pretrained("user/standalone", trust_remote_code=True).eval()
+with torch.no_grad():
+    found = model(**tiny_batch("bert")).logits
+assert torch.equal(found, torch.load(sys.argv[1])), "other logits"
+model = T.AutoModelForSequenceClassification.from_pretrained("user/plain")
+assert model.num_parameters() < 30_000, "not the pruned one"
+"""
+    done = run(["-c", code], client, tmp_path, client.scratch / "standalone.pt")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_metadata(client):
+    plain, layout = (card(commits(client, f"user/{repo}")[1]).data for repo in ("plain", "layout"))
+    assert (plain.library_name, layout.library_name) == ("transformers", "hf_prune")
+    assert plain.pipeline_tag == "text-classification" and "tiny" in plain.tags and "tiny" not in layout.tags
+    trained = card(commits(client, "user/trained-end")[1]).data
+    assert (trained.license, trained.language) == ("mit", "en")
+
+
+def test_of_a_folder_only_the_model_is_uploaded(client):
+    _, commit = commits(client, "user/folder")
+    uploaded = set(commit.files)
+    assert not uploaded & {"training_args.bin", ".env"} and not any("/" in name for name in uploaded)
+    assert sum(name.startswith("model-0000") for name in uploaded) > 1
+
+
+def test_weights_of_an_earlier_push_go(client):
+    _, shards, whole = commits(client, "user/resharded")
+    assert "model.safetensors" not in shards.files and "model.safetensors.index.json" in shards.files
+    assert {name for name in whole.files if name.startswith("model")} == {"model.safetensors"}
+
+
+def test_branches_and_pull_requests_leave_main_alone(client):
+    repo = client.repos["user/plain"]
+    assert {branch: len(found) for branch, found in repo.branches.items()} == {"main": 2, "layout": 2, "refs/pr/1": 1}
+    assert client.printed["results"]["pull request"].endswith("/user/plain/discussions/1")
+    for branch in ("layout", "refs/pr/1"):
+        files = repo.branches[branch][-1].files
+        assert set(files) == ALWAYS | WORDS and files["config.json"] != repo.find("main").files["config.json"]
+
+
+def test_private_stays_private(client):
+    assert client.repos["user/private"].private and client.repos["user/trained-end"].private
+    assert not client.repos["user/plain"].private
+
+
+def test_a_card_of_somebody_else_is_uploaded_as_it_is(client):
+    assert commits(client, "user/own-card")[1].files["README.md"] == b"---\nlicense: mit\n---\n# My words\n"
+
+
+@pytest.mark.parametrize("failure", ["flaky", "cut", "broken", "refused", "unknown", "no network"])
+def test_after_a_failure_the_next_try_makes_the_one_commit(client, failure):
+    assert client.printed["results"].get(failure, True) is True  # the folder is intact, and what was pushed loads
+    _, commit = commits(client, f"user/{failure.replace(' ', '-')}")
+    assert set(commit.files) == ALWAYS
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind", "message"),
+    [
+        ("cut", "SaveError", "push again"),
+        ("broken", "SaveError", "Push again later"),
+        ("refused", "SaveError", "may not write"),
+        ("unknown", "SaveError", "hf auth login"),
+        ("no network", "SaveError", "Check the network"),
+        ("public", "SaveError", "exists and is public"),
+        ("another's", "SaveError", "belongs to another"),
+        ("taken", "SaveError", "belongs to another"),
+        ("read only", "SaveError", "may only read"),
+        ("wrong token", "SaveError", "hf auth login"),
+        ("broken token", "ConfigError", "token is malformed"),
+        ("no token", "ConfigError", "HF_TOKEN"),
+        ("license", "SaveError", "license.*must be one of"),
+        ("checkpoints", "ConfigError", "hub_strategy must be"),
+    ],
+)
+def test_errors_say_what_to_do(client, failure, kind, message):
+    import re
+
+    said = client.printed["errors"][failure]
+    assert f"errors.{kind}: " in said and re.search(message, said, re.DOTALL)
+
+
+def test_refused_pushes_leave_no_trace(client):
+    assert len(commits(client, "user/plain")) == 2 and len(commits(client, "other/taken")) == 1
+    assert not client.repos.keys() & {"other/plain", "user/wrong", "user/read-only", "user/no-token"}
+    assert len(commits(client, "user/license")) == 1  # empty, as it was created
+    assert client.printed["results"]["intact"] is True
+
+
+def test_no_token_is_printed_logged_or_uploaded(client):
+    for token in (TOKEN, OTHER_TOKEN, READ_TOKEN, "wrongWRO"):
+        assert token not in client.done.stdout and token not in client.done.stderr
+        for repo in client.repos.values():
+            for found in repo.branches.values():
+                assert not any(token.encode() in data for commit in found for data in commit.files.values())
+
+
+def test_every_save_pushes_a_shrunk_model(client):
+    _, *pushed = commits(client, "user/trained-every_save")
+    assert [commit.title for commit in pushed] == ["Training in progress, step 4", "Model save"]
+    assert "The training goes on" in client.done.stderr  # the push at step 2 failed
+    for commit in pushed:
+        assert set(commit.files) == ALWAYS | WORDS and MARKER in commit.files["README.md"].decode()
+    report = json.loads(pushed[-1].files["pruning_report.json"])
+    assert sum(row["kept"] for row in report["units"] if row["kind"] == "heads") == 5
+    assert [row["metric"] for row in report["evaluation"]] == ["loss", "accuracy"]
+    assert "openreview.net/forum?id=S4duStTKGL" in card(pushed[-1]).text
+    assert client.printed["results"]["every_save"] and client.printed["results"]["end"]
+
+
+class TestBeforeAnyNetwork:
+    """These need no Hub, and must not reach for one."""
+
+    @pytest.mark.parametrize(
+        "name", ["../x", "user/..x", "a/b/c", "user/x--y", "-x", "", "https://x.y/z", None, 5, "é"]
+    )
+    def test_names(self, tmp_path, name):
+        with pytest.raises(ConfigError, match="can't be the name of a repository"):
+            hf_prune.push_to_hub(tmp_path, name, token="hf_x")
+
+    def test_offline(self, tmp_path):
+        hf_prune.save_pretrained(shrunk("bert"), tmp_path / "model")
+        with pytest.raises(SaveError, match="unset it where there is a network"):
+            hf_prune.push_to_hub(tmp_path / "model", "user/x", token="hf_x")
+
+    def test_no_checkpoint(self, tmp_path):
+        with pytest.raises(ConfigError, match="no checkpoint"):
+            hf_prune.push_to_hub(tmp_path, "user/x", token="hf_x")
+
+    def test_a_missing_shard(self, tmp_path):
+        hf_prune.save_pretrained(shrunk("bert"), tmp_path / "model", max_shard_size="20KB")
+        next((tmp_path / "model").glob("model-00002*")).unlink()
+        with pytest.raises(ConfigError, match="lacks model-00002"):
+            hf_prune.push_to_hub(tmp_path / "model", "user/x", token="hf_x")
+
+    @pytest.mark.parametrize("option", [{"standalone": True}, {"tags": ["x"]}, {"max_shard_size": "1GB"}])
+    def test_options_of_a_model_for_a_folder(self, tmp_path, option):
+        with pytest.raises(ConfigError, match="is for a model in memory"):
+            hf_prune.push_to_hub(tmp_path, "user/x", token="hf_x", **option)
+
+
+def test_command_line(client, tmp_path, capsys):
+    code = ["-m", "hf_prune", "push", client.scratch / "cut", "user/command", "--private", "--json"]
+    done = run(list(map(str, code)), client, tmp_path)
+    assert done.returncode == 0, done.stderr
+    _, commit = commits(client, "user/command")
+    assert json.loads(done.stdout)["commit"] == commit.sha and client.repos["user/command"].private
+    assert cli.main(["push", str(client.scratch / "cut"), "user/../x"]) == 1
+    assert "can't be the name" in capsys.readouterr().err

@@ -1,0 +1,121 @@
+import json
+
+import pytest
+import torch
+from tiny import tiny_model
+
+import hf_prune
+from hf_prune import PruningError, PruningReport
+from hf_prune.errors import ConfigError
+
+EVALUATION = [{"metric": "accuracy", "before": 0.8651, "after": 0.8532, "n": 872}]
+
+
+@pytest.fixture
+def report():
+    """Of a real run on a tiny model."""
+    model = tiny_model("bert")
+    config = hf_prune.MagnitudeConfig(budget={"macs": 0.7})
+    report = hf_prune.prune(model, config).report
+    report.evaluation = EVALUATION
+    return report
+
+
+@pytest.fixture
+def zeros():
+    return hf_prune.prune(tiny_model("bert"), hf_prune.WeightMagnitudeConfig(sparsity=0.5)).report
+
+
+def row(markdown: str, start: str) -> list[str]:
+    [line] = [line for line in markdown.splitlines() if line.startswith(f"| {start} |")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+class TestFile:
+    def test_round_trip(self, report, tmp_path):
+        report.benchmark = [{"latency": [{"p50_ms": 2.0}]}, {"latency": [{"p50_ms": 1.0}]}]
+        report.save(tmp_path)
+        assert PruningReport.load(tmp_path) == report == PruningReport.load(tmp_path / "pruning_report.json")
+
+    def test_fields_of_newer_versions_are_skipped(self, report):
+        data = {**report.to_dict(), "schema_version": 2, "carbon": 3.0}
+        assert PruningReport.from_dict(data).to_dict() == {**report.to_dict(), "schema_version": 2}
+
+    def test_reports_of_older_versions_load(self, report):
+        data = report.to_dict()
+        for name in ("evaluation", "benchmark", "latency", "weights", "processes"):
+            del data[name]
+        again = PruningReport.from_dict(data)
+        assert (again.evaluation, again.benchmark, again.latency) == ([], [], None)
+        assert again.to_markdown()
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"method": "kcm"}', "\xff"])
+    def test_what_is_no_report(self, tmp_path, content):
+        (tmp_path / "pruning_report.json").write_text(content, encoding="latin-1")
+        with pytest.raises(PruningError, match="pruning report"):
+            PruningReport.load(tmp_path)
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(PruningError, match="holds no pruning report"):
+            PruningReport.load(tmp_path / "none")
+
+
+class TestMarkdown:
+    def test_costs_and_quality(self, report):
+        text = report.to_markdown()
+        assert text.startswith(f"{report}\n\n|  | before | after | kept or change |\n")
+        assert row(text, "parameters")[-1] == f"{report.ratio('params'):.1%}"
+        assert row(text, "MACs per example")[1:3] == [
+            f"{n['macs'] / 1e6:.2f} M" for n in (report.before, report.after)
+        ]
+        assert row(text, "accuracy") == ["accuracy", "0.8651", "0.8532", "-0.0119"]
+
+    def test_every_group_of_units(self, report):
+        text = report.to_markdown()
+        for unit in report.units:
+            assert row(text, unit["name"]) == [unit["name"], f"{unit['kept']:,}", f"{unit['size']:,}"]
+
+    def test_single_weights(self, zeros):
+        text = zeros.to_markdown()
+        assert row(text, "parameters that are not zero")[-1] == f"{zeros.ratio('nonzero'):.1%}"
+        assert row(text, zeros.weights[0]["name"])[1] == f"{zeros.weights[0]['zeros']:,}"
+
+    def test_names_cannot_break_the_table(self, report):
+        report.evaluation = [{"metric": "a | b", "before": 1.0, "after": 0.5}]
+        [line] = [line for line in report.to_markdown().splitlines() if "a " in line and "b" in line and "0.5" in line]
+        assert line == r"| a \| b | 1.0000 | 0.5000 | -0.5000 |"
+
+
+class TestLatencyRatio:
+    def test_not_measured(self, report):
+        assert report.latency_ratio() is None
+
+    def test_of_the_benchmark(self, report):
+        rows = [{"latency": [{"p50_ms": p50}, {"p50_ms": 9.0}]} for p50 in (4.0, 8.0, 3.0)]
+        report.benchmark = rows  # dense, another, and the model itself
+        assert report.latency_ratio() == 0.75
+
+    def test_of_a_budget(self, report):
+        report.latency = {"before": 4.0, "after": 1.0, "where": "CPU", "multiple_of": 8, "table": []}
+        assert report.latency_ratio() == 0.25
+        report.latency["before"] = None
+        assert report.latency_ratio() is None
+
+
+class TestPlot:
+    def test_units(self, report, tmp_path):
+        figure = report.plot(tmp_path / "plan.svg")
+        assert (tmp_path / "plan.svg").read_text(encoding="utf-8").startswith("<?xml")
+        kept = sum(unit["kept"] for unit in report.units if unit["kind"] == "heads")
+        assert f"Heads kept: {kept} of 12" in figure.axes[0].get_title("left")
+
+    def test_single_weights_have_no_picture(self, zeros, tmp_path):
+        with pytest.raises(ConfigError, match="no units to plot"):
+            zeros.plot(tmp_path / "plan.png")
+        assert not (tmp_path / "plan.png").exists()
+
+
+def test_json_is_plain(report, tmp_path):
+    report.facts["tensor"] = float(torch.tensor(1.0))
+    report.save(tmp_path / "r.json")
+    assert json.loads((tmp_path / "r.json").read_text())["evaluation"] == EVALUATION
