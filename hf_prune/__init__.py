@@ -94,6 +94,7 @@ if TYPE_CHECKING:
     from .search.front import ParetoFront as ParetoFront, SubNetwork as SubNetwork
     from .search.standard import standard_nas as standard_nas
     from .slicing import subnetwork as subnetwork
+    from .sparse_kernels import accelerate_sparse as accelerate_sparse
     from .surgery import shrink as shrink
     from .trainers import (
         GradualSparsityCallback as GradualSparsityCallback,
@@ -188,6 +189,7 @@ _MODULES = {
     "search.front": ("ParetoFront", "SubNetwork"),
     "search.standard": ("standard_nas",),
     "slicing": ("subnetwork",),
+    "sparse_kernels": ("accelerate_sparse",),
     "surgery": ("shrink",),
     "trainers": (
         "GradualSparsityCallback",

@@ -14,6 +14,7 @@ import copy
 import functools
 import importlib.abc
 import importlib.machinery
+import inspect
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -231,17 +232,17 @@ class _PatchOnImport(importlib.abc.MetaPathFinder):
 
 
 def enable() -> None:
-    """Let `from_pretrained` and `from_config` build shrunk models.
+    """Let `from_pretrained` and `from_config` build shrunk models, and `from_pretrained` read compressed checkpoints.
 
-    `PreTrainedModel.post_init` ends with [`apply_layout`] from then on; `import hf_prune` calls this. Configs without
-    a layout are not affected.
+    `PreTrainedModel.post_init` ends with [`apply_layout`] from then on, and the tensors of a checkpoint go through
+    [`compression.expanded`] before they are loaded; `import hf_prune` calls this. Other models are not affected.
     """
     if _MODELING not in sys.modules:
         if not any(isinstance(finder, _PatchOnImport) for finder in sys.meta_path):
             sys.meta_path.insert(0, _PatchOnImport())
         return
-    cls = sys.modules[_MODELING].PreTrainedModel
-    original = cls.post_init
+    modeling: Any = sys.modules[_MODELING]
+    original, load = modeling.PreTrainedModel.post_init, modeling.convert_and_load_state_dict_in_model
     if getattr(original, "_hf_prune", False):
         return
 
@@ -250,14 +251,32 @@ def enable() -> None:
         original(self)
         apply_layout(self)
 
+    parameters = inspect.signature(load)
+
+    @functools.wraps(load)
+    def load_expanded(*args: Any, **kwargs: Any) -> Any:
+        from .compression import expanded
+
+        given = parameters.bind(*args, **kwargs)
+        parts = given.arguments["state_dict"]
+        whole = given.arguments["state_dict"] = expanded(parts)
+        index = given.arguments.get("disk_offload_index") or {}
+        for target, entry in list(index.items()):
+            name = entry.get("weight_name")
+            if name in parts and whole[name] is not parts[name]:
+                del index[target]  # hooks would read a part from the checkpoint later: the whole is written elsewhere
+        return load(*given.args, **given.kwargs)
+
     post_init._hf_prune = True  # type: ignore[attr-defined]
-    cls.post_init = post_init
+    modeling.PreTrainedModel.post_init = post_init
+    modeling.convert_and_load_state_dict_in_model = load_expanded
 
 
 def disable() -> None:
     """Undo [`enable`]."""
     sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PatchOnImport)]
     if _MODELING in sys.modules:
-        cls = sys.modules[_MODELING].PreTrainedModel
-        if getattr(cls.post_init, "_hf_prune", False):
-            cls.post_init = cls.post_init.__wrapped__
+        modeling: Any = sys.modules[_MODELING]
+        if getattr(modeling.PreTrainedModel.post_init, "_hf_prune", False):
+            modeling.PreTrainedModel.post_init = modeling.PreTrainedModel.post_init.__wrapped__
+            modeling.convert_and_load_state_dict_in_model = modeling.convert_and_load_state_dict_in_model.__wrapped__

@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel
 
-from .errors import CalibrationError, ConfigError, UnsupportedModelError
+from .errors import CalibrationError, ConfigError, UnsupportedModelError, unknown
 from .offload import execution_device
 
 
@@ -187,6 +187,60 @@ def _joined(texts: str | os.PathLike[str] | Iterable[str]) -> str:
         raise CalibrationError(
             f"{str(texts):.200} is no text file ({error}): give a path, or a list of texts."
         ) from error
+
+
+def lm_eval(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    tasks: list[str],
+    *,
+    include_path: str | os.PathLike[str] | None = None,
+    batch_size: int = 1,
+    **options: Any,
+) -> dict[str, dict[str, float]]:
+    """Results on tasks of EleutherAI's lm-evaluation-harness. Needs `pip install "hf_prune[eval]"`.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model, pruned or not. It is used as it is.
+        tokenizer: Its tokenizer.
+        tasks (`list[str]`): Names of tasks: `["arc_easy", "hellaswag"]`. Most of them download their data.
+        include_path (`str` or path, *optional*): A folder with task files (YAML) of one's own. Only these are known
+            then, and with local data files they need no network.
+        batch_size (`int`, *optional*, defaults to 1): Requests in a forward pass.
+        options: Passed on to `lm_eval.simple_evaluate`: `limit`, `num_fewshot`.
+
+    Returns:
+        `dict[str, dict[str, float]]`: For each task its metrics by name.
+
+    Raises:
+        ConfigError: lm-eval is not installed, or there is no such task.
+
+    Examples:
+        ```python
+        >>> lm_eval(model, tokenizer, ["arc_easy"], limit=200)["arc_easy"]["acc"]
+        ```
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f'lm-eval is not installed ({error}): pip install "hf_prune[eval]".') from error
+    path = str(include_path) if include_path is not None else None
+    manager = TaskManager(include_path=path, include_defaults=path is None)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ConfigError(unknown("task", task, manager.all_tasks)[:300])
+    training = model.training
+    try:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = simple_evaluate(wrapped, tasks=tasks, task_manager=manager, log_samples=False, **options)
+    finally:
+        model.train(training)
+    return {
+        task: {name.removesuffix(",none"): value for name, value in row.items() if isinstance(value, float)}
+        for task, row in found["results"].items()
+    }
 
 
 def compute_metrics_for(*metrics: evaluate.EvaluationModule) -> Callable[[EvalPrediction], dict[str, float]]:

@@ -12,7 +12,7 @@ from .gates import current_mask
 from .methods import MethodConfig, get_pruner
 from .offload import refuse_offloaded, resident
 from .report import PruningReport
-from .units import PrunableUnits, base_model, prunable_units
+from .units import PrunableUnits, base_model, forget_gguf, prunable_units
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def prune(
             "the task."
         )
 
+    forget_gguf(model)
     mask, done = pruner.run(model, units, calibrator)
     report = PruningReport(
         method=config.method,

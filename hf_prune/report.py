@@ -54,7 +54,7 @@ class PruningReport:
         schema_version (`int`): Of this format.
         latency (`dict`, *optional*): Under a budget of latency: measured milliseconds `before` and `after` (medians,
             in turns; `None` if memory did not suffice), `where` they were measured, the `multiple_of` that widths were
-            rounded to, and the `table` of the predictions.
+            rounded to, and the `table` of the predictions. After [`accelerate_sparse`]: `before`, `after`, `where`.
         papers (`list[dict]`): The sources of the method, see [`Paper`].
         command (`str`, *optional*): The command line of the process, where that is a script or `hf-prune`.
         recovery (`dict`, *optional*): How quality was recovered afterwards, in the caller's words: `{"method": "LoRA",
@@ -151,10 +151,14 @@ class PruningReport:
 
     def __str__(self) -> str:
         if self.weights:
+            speed = "Zeros in dense tensors make a model neither smaller nor faster."
+            if self.latency is not None:
+                before, after = self.latency["before"], self.latency["after"]
+                speed = f"Measured {before:.2f} to {after:.2f} ms ({after / before:.1%}); {self.latency['where']}."
             return (
                 f"{self.method}: {self.sparsity():.2%} of {sum(row['size'] for row in self.weights):,} weights in "
                 f"{len(self.weights)} matrices are zero, {self.ratio('nonzero'):.1%} of all parameters are left, in "
-                f"{self.seconds:.1f} s. Zeros in dense tensors make a model neither smaller nor faster."
+                f"{self.seconds:.1f} s. {speed}"
             )
         lengths = ", ".join(f"{n:.4g}" for n in self.sequence_lengths.values())
         kept: dict[str, list[int]] = {kind: [0, 0] for kind in KINDS}

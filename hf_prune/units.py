@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from .architectures import Architecture, AttentionSpec, FeedForwardSpec, StackSpec, get_architecture
 from .errors import ConfigError, UnsupportedModelError, unknown
@@ -179,6 +180,16 @@ def refuse_unprunable(model: object) -> None:
     meta = next((n for n, p in model.named_parameters() if p.is_meta), None)
     if meta is not None and not is_offloaded(model):
         raise UnsupportedModelError(f"{name} has no weights ({meta} is on the meta device): load them before pruning.")
+
+
+def forget_gguf(model: PreTrainedModel) -> None:
+    """Take off the mark of a GGUF file from a model whose weights were unpacked when it was loaded.
+
+    With it transformers refuses to save the model and to train it, though all weights are plain.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if isinstance(quantizer, GgufHfQuantizer) and all(p.is_floating_point() for p in model.parameters()):
+        quantizer.remove_quantization_config(model)
 
 
 def prunable_units(model: PreTrainedModel) -> PrunableUnits:

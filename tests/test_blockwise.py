@@ -6,6 +6,7 @@ import json
 import accelerate
 import pytest
 import torch
+import transformers
 from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -303,6 +304,20 @@ class TestBadInput:
             tiny_model("llama"), WandaConfig(sparsity=0.5, exclude=("*",)), ConfigError, "nothing left to prune"
         )
 
+    def test_a_text_file_instead_of_texts(self):
+        self.refused(
+            tiny_model("llama"), WandaConfig(sparsity=0.5), CalibrationError, "are one str: give a list", "missing.txt"
+        )
+
+    def test_mixtures_of_experts(self):  # their experts are no nn.Linear
+        config = transformers.MixtralConfig(
+            hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_local_experts=2
+        )
+        with pytest.raises(UnsupportedModelError, match="Unknown model_type 'mixtral'"):
+            hf_prune.prune(
+                transformers.MixtralForCausalLM(config), WandaConfig(sparsity=0.5), [tiny_batch("llama", size=8)]
+            )
+
     def test_no_data(self):
         for config in (WandaConfig(sparsity=0.5), WeightMagnitudeConfig(sparsity=0.5, ratios="owl")):
             with pytest.raises(CalibrationError, match="needs calibration data"):
@@ -338,6 +353,11 @@ def test_excluded_projections_stay_dense(pattern, count):
     mask = hf_prune.prune(model, WandaConfig(sparsity=0.5, exclude=(pattern,)), [tiny_batch("llama", size=8)]).mask
     assert len(mask) == count
     assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items() if key not in mask)
+
+
+def test_nothing_is_as_large_as_the_longest_context():
+    model = tiny_model("llama", max_position_embeddings=10**15)
+    assert hf_prune.prune(model, WandaConfig(sparsity=0.5), [tiny_batch("llama")]).mask.sparsity() == 0.5
 
 
 def test_a_model_is_pruned_further():

@@ -1,5 +1,7 @@
 """The whole road on a GPU. Skipped where there is none."""
 
+import copy
+
 import pytest
 import torch
 from tiny import FAMILIES, tiny_batch, tiny_model
@@ -34,3 +36,16 @@ def test_latency_is_read_from_the_stream(tmp_path, monkeypatch):
     table = hf_prune.latency_table(wide, batch_size=8, sequence_length=64)
     assert all(block.ms[-1] > 0 for block in table.blocks if block.kind == "neurons")
     assert 0.5 < table.total / table.measured < 2
+
+
+def test_two_of_four_runs_on_sparse_kernels():
+    options = dict(hidden_size=1024, head_dim=128, intermediate_size=4096, num_attention_heads=8)
+    model = tiny_model("llama", **options).to("cuda", torch.bfloat16)
+    batch = {"input_ids": torch.randint(3, 99, (8, 64), device="cuda")}
+    result = hf_prune.prune(model, hf_prune.WandaConfig(pattern="2:4"), [batch])
+    dense, one = copy.deepcopy(model), {key: value[:1] for key, value in batch.items()}
+    times = hf_prune.accelerate_sparse(model, result.report, batch_size=8, sequence_length=64)
+    assert all(time.p50_ms > 0 for time in times.values()) and "2:4 kernels for 21 matrices" in str(result.report)
+    with torch.no_grad():
+        gap = (model(**one).logits - dense(**one).logits).abs().max() / dense(**one).logits.abs().max()
+    assert gap < 0.1

@@ -173,6 +173,8 @@ def test_zeroed_is_what_was_asked_for_and_nothing_else(method, name):
             assert keep.reshape(len(keep), -1, m).sum(-1).eq(n).all(), key
         elif method == "sparsegpt":
             assert all((~part).sum() == int(part.numel() * config.sparsity) for part in keep.split(16, 1)), key
+        elif method == "ria":
+            assert (~keep).sum() == int(keep.numel() * config.sparsity), key
         else:
             assert (~keep).sum(1).eq(int(keep.shape[1] * config.sparsity)).all(), key
 

@@ -1,16 +1,30 @@
+import json
 import math
 import socket
+import sys
 
 import datasets
 import evaluate
 import numpy as np
 import pytest
 import torch
+from test_layout import shrunk
+from test_saving import tokenizer
 from tiny import tiny_model
-from transformers import EvalPrediction
+from transformers import AutoModelForCausalLM, EvalPrediction
 
+from hf_prune import save_pretrained
 from hf_prune.errors import CalibrationError, ConfigError, UnsupportedModelError
-from hf_prune.metrics import F1, Accuracy, Matthews, Perplexity, Spearman, compute_metrics_for, perplexity
+from hf_prune.metrics import (
+    F1,
+    Accuracy,
+    Matthews,
+    Perplexity,
+    Spearman,
+    compute_metrics_for,
+    lm_eval,
+    perplexity,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -171,3 +185,49 @@ class TestPerplexity:
         for name in ("bert", "t5"):
             with pytest.raises(UnsupportedModelError, match="causal language models"):
                 perplexity(tiny_model(name), Letters(), [TEXT], window=8)
+
+
+class TestLmEval:
+    """The harness on a task of our own, with local data."""
+
+    @pytest.fixture
+    def tasks(self, tmp_path):
+        pytest.importorskip("lm_eval")
+        rows = [{"question": "good very", "choices": ["good", "bad"], "label": n % 2} for n in range(4)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        folder = tmp_path / "tasks"
+        folder.mkdir()
+        (folder / "choice.yaml").write_text(
+            f"""
+task: choice
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {tmp_path / "rows.jsonl"}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: label
+metric_list:
+  - metric: acc
+"""
+        )
+        return folder
+
+    def test_a_pruned_checkpoint_runs_unchanged(self, tasks, tmp_path, monkeypatch):
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        model = shrunk("llama")
+        save_pretrained(model, tmp_path / "model")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        words = tokenizer()
+        words.eos_token = "[SEP]"
+        found = lm_eval(again, words, ["choice"], include_path=tasks, batch_size=2)
+        assert found["choice"]["acc"] == 0.5  # the four questions are one, with both answers
+        assert lm_eval(again, words, ["choice"], include_path=tasks, limit=1)["choice"]["acc"] in (0, 1)
+        with pytest.raises(ConfigError, match="Did you mean 'choice'"):
+            lm_eval(again, words, ["choise"], include_path=tasks)
+
+    def test_without_the_harness(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "lm_eval", None)
+        with pytest.raises(ConfigError, match=r"pip install \"hf_prune\[eval\]\""):
+            lm_eval(tiny_model("llama"), tokenizer(), ["choice"])

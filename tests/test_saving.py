@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from test_layout import SOME, logits, shrunk, uneven
 from tiny import FAMILIES, tiny_batch, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.quantizers.quantizer_gguf import GgufHfQuantizer
 
 from hf_prune import (
     MagnitudeConfig,
     PruningMask,
     PruningReport,
+    WeightMagnitudeConfig,
     apply_mask,
     current_mask,
     layout,
@@ -865,3 +867,20 @@ def test_mixed_dtypes_are_told_apart_from_other_mismatches(tmp_path):
     with pytest.raises(SaveError, match="layer.0.output.LayerNorm.* is torch.float32 in memory and torch.bfloat16"):
         save_pretrained(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["pruned", "dense"])
+def test_a_model_from_gguf_is_saved_as_what_it_is(how, tmp_path):
+    model = tiny_model("llama")
+    model.config.quantization_config = T.GgufConfig()
+    model.hf_quantizer, model.is_quantized = GgufHfQuantizer(model.config.quantization_config), True
+    model.quantization_method = "gguf"
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "stock")
+    if how == "pruned":
+        prune(model, WeightMagnitudeConfig(sparsity=0.5))
+    save_pretrained(model, tmp_path / "out")
+    again = T.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert not model.is_quantized and "quantization_config" not in again.config.to_dict()
+    T.Trainer(model, T.TrainingArguments(tmp_path / "trainer", report_to="none"))  # does not refuse it

@@ -13,10 +13,10 @@ ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
     ["errors", "redaction", "architectures", "offload"],
     ["units", "masks", "weight_masks"],
-    ["gates", "surgery", "slicing", "layout", "costs", "batches", "divergence", "timing", "latency"],
+    ["gates", "surgery", "slicing", "layout", "compression", "costs", "batches", "divergence", "timing", "latency"],
     ["calibration", "selection", "reconstruction", "depth", "blockwise"],
     ["methods", "report", "benchmark", "export", "plots"],
-    ["pruning", "metrics", "comparison"],
+    ["pruning", "metrics", "comparison", "sparse_kernels"],
     ["hub", "modeling", "verification"],
     ["trainers", "search", "recovery"],
     ["cli"],

@@ -77,6 +77,22 @@ def test_ria_is_the_released_formula():
     assert ria_score(weight, squares).isfinite().all()
 
 
+def test_ria_compares_over_the_matrix():
+    """The authors' `thresh = sort(metric.flatten())[k]`, with exactly k pruned."""
+    model, batch = tiny_model("llama"), tiny_batch("llama", size=8)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    weight, seen = model.get_parameter(name).detach().clone(), []
+    hook = model.model.layers[0].self_attn.q_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**batch)
+    hook.remove()
+    score = ria_score(weight, seen[0].flatten(0, 1).double().square().sum(0))
+    mask = hf_prune.prune(model, RIAConfig(sparsity=0.6), [batch]).mask
+    pruned = int(0.6 * weight.numel())
+    assert torch.equal(mask[name], score > score.flatten().sort().values[pruned - 1])
+    assert (~mask[name]).sum(1).unique().numel() > 1  # rows differ
+
+
 class TestOWL:
     def test_the_published_numbers(self):
         found = layer_sparsities([0.02, 0.05, 0.11], 0.7)

@@ -2,7 +2,7 @@
 for Large Language Models", ICLR 2024.
 
 As Wanda, but a weight counts relative to those of the same input and of the same output, so that no whole channel is
-pruned.
+pruned. A score that is relative to its row can be compared beyond it: as in the authors' code, over the whole matrix.
 """
 
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def ria_score(weight: torch.Tensor, squares: torch.Tensor, alpha: float = 0.5) -
 
 @register_pruner("ria", RIAConfig)
 class RIAPruner(WeightPruner[RIAConfig]):
-    """Zeroes, for each output, the weights with the lowest relative size times power of the norm of their input."""
+    """Zeroes, in each matrix, the weights with the lowest relative size times power of the norm of their input."""
 
     observe = staticmethod(square_sum)
     paper = Paper(
@@ -49,4 +49,7 @@ class RIAPruner(WeightPruner[RIAConfig]):
     )
 
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
-        return keep_highest(ria_score(weight, observed, self.config.alpha), target), weight
+        score = ria_score(weight, observed, self.config.alpha)
+        if isinstance(target, tuple):
+            return keep_highest(score, target), weight
+        return keep_highest(score.reshape(1, -1), target).reshape(score.shape), weight
