@@ -381,7 +381,7 @@ class TestWriting:
         assert cli.main(["card", str(folder), *options]) == 1
         assert "must hold a list of rows" in capsys.readouterr().err
         assert cli.main(["card", str(tmp_path)]) == 1
-        assert "holds no pruning report" in capsys.readouterr().err
+        assert "holds no pruning_report" in capsys.readouterr().err
 
 
 def test_intervals():
