@@ -197,3 +197,15 @@ def test_another_shape_is_refused(tmp_path):
     save_file(parts, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RuntimeError, match="mismatched"):
         T.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_card_says_that_hf_prune_reads_it(tmp_path):
+    model = tiny_model("bert")
+    result = prune(model, WeightMagnitudeConfig(sparsity=0.5))
+    for compressed_, needed in ((False, False), (True, True)):
+        folder = tmp_path / str(compressed_)
+        save_pretrained(model, folder, mask=result.mask, report=result.report, compressed=compressed_)
+        card = (folder / "README.md").read_text()
+        assert ("import hf_prune" in card.partition("## Before")[0]) == needed
+        assert ("| transformers alone | no |" in card) == needed
+        assert "these lines were run on the saved files" in card

@@ -109,7 +109,9 @@ def render_card(report: PruningReport, config: Mapping[str, Any], name: str, *, 
     name, report = redact(name), PruningReport.from_dict(redact(report.to_dict()))
     template = (files(__package__) / "model_card_template.md").read_text(encoding="utf-8")
     try:
-        needs, remote = config.get(KEY) is not None, isinstance(config.get("auto_map"), Mapping)
+        # A layout stands in the config; that weights are compressed only the save knows.
+        needs = config.get(KEY) is not None or bool((report.verified or {}).get("hf_prune"))
+        remote = isinstance(config.get("auto_map"), Mapping)
         metadata = _metadata(report, name, needs)
         return environment.from_string(template).render(
             metadata=metadata.to_yaml(),

@@ -132,9 +132,10 @@ def save_pretrained(
                 file.chmod(staging.stat().st_mode & 0o666)
         if target.exists():
             _link_others(target, staging, options.get("variant"))
-        outputs = _verify(model, state, staging, standalone, options.get("variant"))
+        needed = not standalone and (compressed or getattr(model.config, KEY, None) is not None)
+        outputs = _verify(model, state, staging, standalone, needed, options.get("variant"))
         if report is not None:
-            verified = _verified(model, staging, processing_class, standalone, outputs)
+            verified = _verified(model, staging, processing_class, standalone, needed, outputs)
             metadata = origin(model) | report.metadata
             _document(replace(report, verified=verified, metadata=metadata), staging, target.name)
         for file in staging.iterdir():
@@ -197,12 +198,17 @@ def _folded(model: PreTrainedModel, state: dict[str, torch.Tensor], mask: Prunin
 
 
 def _verify(
-    model: PreTrainedModel, state: dict[str, torch.Tensor], directory: Path, standalone: bool, variant: str | None
+    model: PreTrainedModel,
+    state: dict[str, torch.Tensor],
+    directory: Path,
+    standalone: bool,
+    needed: bool,
+    variant: str | None,
 ) -> bool:
-    """Whether the outputs could be compared too; raises if anything differs."""
+    """Whether the outputs could be compared too; raises if anything differs. `needed`: only hf_prune can load it."""
     name = type(model).__name__
     try:
-        again = _reload(model, directory, standalone, variant)
+        again = _reload(model, directory, standalone, needed, variant)
     except (OSError, ValueError, RuntimeError, PruningError, SafetensorError) as error:
         raise SaveError(f"The saved {name} does not load again, nothing was replaced: {error}") from error
     loaded = again.state_dict()
@@ -239,7 +245,7 @@ def _verify(
 
 
 def _verified(
-    model: PreTrainedModel, directory: Path, processing_class: Any, standalone: bool, outputs: bool
+    model: PreTrainedModel, directory: Path, processing_class: Any, standalone: bool, needed: bool, outputs: bool
 ) -> dict[str, Any]:
     """How the checkpoint was reloaded, for the report. The tokenizer or processor is reloaded here."""
     kinds = {
@@ -260,6 +266,7 @@ def _verified(
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "remote_code": standalone,
+        "hf_prune": needed,
         "outputs": outputs,
     }
 
@@ -274,12 +281,14 @@ def _document(report: PruningReport, directory: Path, name: str) -> None:
             logger.warning(f"The model is saved without a card: {error}")
 
 
-def _reload(model: PreTrainedModel, directory: Path, standalone: bool, variant: str | None) -> PreTrainedModel:
+def _reload(
+    model: PreTrainedModel, directory: Path, standalone: bool, needed: bool, variant: str | None
+) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
     if variant is not None:
         options["variant"] = variant
     enabled = getattr(PreTrainedModel.post_init, "_hf_prune", False)
-    if standalone or getattr(model.config, KEY, None) is None:
+    if not needed:
         disable()  # it must load without hf_prune
     try:
         if standalone:
