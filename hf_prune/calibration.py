@@ -405,6 +405,9 @@ class Calibrator:
 
         Yields:
             The batch, for each site its input, and for each loss a gradient for each site.
+
+        Raises:
+            CalibrationError: A loss is NaN or infinite; the message names the first site whose input is.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         try:
@@ -413,6 +416,8 @@ class Calibrator:
             for index, batch in self.batches(description):
                 with grad_inputs(base_model(self.model), sites) as inputs, torch.enable_grad():
                     values = losses(index, batch)
+                    if not all(value.isfinite() for value in values):  # then so is every gradient, at sites below too
+                        raise _not_finite(next((n for n, x in inputs.items() if not x.isfinite().all()), None))
                     gradients = [
                         dict(
                             zip(
@@ -447,10 +452,7 @@ class Calibrator:
             for tensor in statistic.sums():
                 tensor.copy_(reduce(tensor, "sum"))
                 if not tensor.isfinite().all():
-                    raise CalibrationError(
-                        f"The inputs of {name} are NaN or infinite on the calibration data. Check the weights of the "
-                        "layers below it, and try float32 if the model runs in half precision."
-                    )
+                    raise _not_finite(name)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Without gradients and dropout; the training mode of the model is restored."""
@@ -564,6 +566,15 @@ class Calibrator:
         self.tokens = int(sum(totals.values()))
         lengths = [totals[side] / self.samples for side in sorted(totals)]
         self.lengths = lengths[0], (lengths[1] if len(lengths) > 1 else None)
+
+
+def _not_finite(name: str | None) -> CalibrationError:
+    what = "The predictions or the loss" if name is None else f"The inputs of {name}"
+    below = "" if name is None else " below it"
+    return CalibrationError(
+        f"{what} are NaN or infinite on the calibration data. Check the weights of the layers{below}, and try float32 "
+        "if the model runs in half precision."
+    )
 
 
 def mask_gradients(inputs: torch.Tensor, gradients: torch.Tensor, batch: Batch) -> torch.Tensor:
