@@ -370,7 +370,7 @@ class Calibrator:
             value = self.forward(batch).loss
             if value is None:
                 raise CalibrationError(f"{type(self.model).__name__} returns no loss for these labels.")
-            return [value]
+            return [value if self._loss_terms(batch).any() else value.nan_to_num()]  # the mean of nothing
 
         with self.evaluating():
             sums, terms = dict.fromkeys(statistics, torch.zeros(())), torch.zeros(())
@@ -381,7 +381,7 @@ class Calibrator:
                 for group in groups:
                     columns = mask_gradients(inputs[group.name], gradients[group.name], batch)
                     rows = columns.reshape(-1, group.size, group.width).sum(2)
-                    # Of the sum of the loss, not of its mean; the mean of nothing would be NaN.
+                    # Of the sum of the loss, not of its mean: that of nothing has no gradient.
                     rows = rows * own.sum() if own.any() else torch.zeros_like(rows)
                     if per_sample:
                         statistics[group.name].update(rows / own.clamp_min(1))
