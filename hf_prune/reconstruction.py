@@ -278,7 +278,7 @@ class Walk:
         stack (`str`): The stack.
         layers (`nn.ModuleList`): Its layers, those of the teacher.
         index (`int`): The layer that was entered.
-        teacher, student (`list[torch.Tensor]`): For each batch of this process what goes into the next layer.
+        teacher, student (`list[torch.Tensor]`): For each batch of this process what goes into that layer.
         last (`bool`): No stack reads what this one ends with.
     """
 
@@ -327,8 +327,6 @@ class Walk:
                 for part in (*(before[name] for name in read), *(after[name] for name in written)):
                     target = target + part.float().reshape(target.shape)
                 self._targets[group.name].append(target)
-        if self.student is not self.teacher:
-            self.teacher = []  # until it leaves: what went into the layer is read no more
 
     def refit(
         self,
@@ -407,7 +405,7 @@ class Walk:
     ) -> NormalEquations:
         """One pass of the student's layer over the data: the normal equations of one site."""
         equations = NormalEquations(*features(module), module.weight.device, dtype)
-        targets, (read, written) = self._targets.pop(group.name), _stream(small, group)
+        read, written = _stream(small, group)
         for position, batch in self.calibrator.batches(f"reconstruct {group.name}"):
             real = self.calibrator.real_tokens(batch, self.stack)
             seen: dict[str, torch.Tensor] = {}
@@ -421,7 +419,7 @@ class Walk:
             inputs = {name: _keep(before, name) for name in read} | {_inside(group): reach}
             with observe(small, inputs, {name: _keep(after, name) for name in written}), suppress(_Reached):
                 self._run(small, self.student[position], self._student_calls[position])
-            target = select_real(targets[position], real, group.name)
+            target = select_real(self._targets[group.name][position], real, group.name)
             for part in (*before.values(), *after.values()):
                 target = target - select_real(part, real, group.name).float()
             equations.update(select_real(seen["features"], real, group.name), target)

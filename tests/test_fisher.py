@@ -30,6 +30,15 @@ def questions(size):
     return tiny_batch("bert", size=size, padded=True) | spans
 
 
+def information(model, data, per_sample):
+    """The Fisher matrix of each group."""
+    calibrator = Calibrator(model, data, labels=True)
+    groups = calibrator.units.of_kind("heads", "neurons")
+    blocks = {g.name: FisherBlock(g.size, torch.device("cpu")) for g in groups}
+    calibrator.collect_gradients(groups, blocks, per_sample=per_sample)
+    return {name: block.matrix for name, block in blocks.items()}
+
+
 def test_gradients_that_cancel_are_pruned_together():
     fisher = fisher_of([[1, 0], [-1, 0], [0.5, 0.5]])
     assert rearranged(fisher, 2).tolist() == [False, False, True]
@@ -99,11 +108,7 @@ def test_gradients_of_examples_do_not_depend_on_the_batch():
     rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(8)]
     found = []
     for data in ([batch], rows):
-        calibrator = Calibrator(model, data, labels=True)
-        groups = calibrator.units.of_kind("heads", "neurons")
-        blocks = {g.name: FisherBlock(g.size, torch.device("cpu")) for g in groups}
-        calibrator.collect_gradients(groups, blocks, per_sample=True)
-        found.append({name: block.matrix for name, block in blocks.items()})
+        found.append(information(model, data, per_sample=True))
     for name, matrix in found[0].items():
         assert torch.allclose(matrix, found[1][name], rtol=0, atol=1e-5 * float(matrix.abs().max()))
 
@@ -118,11 +123,7 @@ def test_gradients_of_batches_are_gathered_over_their_parts(name, auto, monkeypa
     parts, found = Calibrator.in_parts, []
     for tokens in (10**6, 1):
         monkeypatch.setattr(Calibrator, "in_parts", lambda self, n=tokens: parts(self, n))
-        calibrator = Calibrator(model, batches, labels=True)
-        groups = calibrator.units.of_kind("heads", "neurons")
-        blocks = {g.name: FisherBlock(g.size, torch.device("cpu")) for g in groups}
-        calibrator.collect_gradients(groups, blocks, per_sample=False)
-        found.append({name: block.matrix for name, block in blocks.items()})
+        found.append(information(model, batches, per_sample=False))
     for site, matrix in found[0].items():
         assert matrix.any() and torch.linalg.matrix_rank(matrix) <= 2
         assert torch.allclose(matrix, found[1][site], rtol=0, atol=1e-5 * float(matrix.abs().max()))
