@@ -107,6 +107,21 @@ def squad_f1(outputs: list[Any], examples: Examples) -> float:
     return 100 * sum(scores) / len(scores)
 
 
+def gap(outputs: list[Any], dense: list[Any], examples: Examples) -> float:
+    """Mean KL from the dense model's predictions: of classes, or of the start and the end of a span over the real
+    tokens; for a number the squared error."""
+    found = []
+    for output, target, example in zip(outputs, dense, examples, strict=True):
+        for name, teacher in target.items():
+            if name == "logits" and len(teacher) == 1:
+                found.append(float((output[name] - teacher).square()))
+                continue
+            size = len(teacher) if name == "logits" else len(example["input_ids"])
+            student, teacher = (x[:size].log_softmax(0) for x in (output[name], teacher))
+            found.append(float((teacher.exp() * (teacher - student)).sum()))
+    return sum(found) / len(found)
+
+
 def _words(text: str) -> list[str]:
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()

@@ -259,8 +259,11 @@ class Calibrator:
         fit.samples, held_out.samples = self.samples - self.samples // every, self.samples // every
         return fit, held_out
 
-    def in_parts(self, tokens: int) -> "Calibrator":
-        """The same data in smaller batches: of at most so many tokens, padding included, or of one example."""
+    def in_parts(self, tokens: int = 512) -> "Calibrator":
+        """The same data in smaller batches: of at most so many tokens, padding included, or of one example.
+
+        A backward pass holds the activations of all layers for a batch, where inference holds those of one.
+        """
         longest = math.ceil(max(length or 0 for length in self.lengths))
 
         def parts(numbers: list[int], batch: Batch) -> list[list[int]]:
@@ -349,6 +352,8 @@ class Calibrator:
     ) -> None:
         """Feed statistics with the gradients of the loss by unit masks of ones, in one forward and backward pass.
 
+        The passes are over parts of the batches: activations are held for a few examples at a time.
+
         Args:
             groups (sequence of [`UnitGroup`]): Heads and neurons.
             statistics (`dict[str, Statistic]`): By name of a group. They get rows of shape (n, units): one a batch, of
@@ -359,20 +364,33 @@ class Calibrator:
         Raises:
             CalibrationError: The model returns no loss, or a gradient is NaN or infinite; the message names the site.
         """
+        parts, last = self.in_parts(), {numbers[-1] for numbers in self._numbers}
 
         def loss(index: int, batch: Batch) -> list[torch.Tensor]:
             value = self.forward(batch).loss
             if value is None:
                 raise CalibrationError(f"{type(self.model).__name__} returns no loss for these labels.")
-            return [value]
+            return [value if self._loss_terms(batch).any() else value.nan_to_num()]  # the mean of nothing
 
         with self.evaluating():
-            for batch, inputs, (gradients,) in self.differentiate([g.name for g in groups], loss, description):
+            sums, terms = dict.fromkeys(statistics, torch.zeros(())), torch.zeros(())
+            passes = parts.differentiate([g.name for g in groups], loss, description)
+            for index, (batch, inputs, (gradients,)) in enumerate(passes):
+                own = self._loss_terms(batch)
+                ends, terms = parts.examples(index)[-1] in last, terms + own.sum()
                 for group in groups:
                     columns = mask_gradients(inputs[group.name], gradients[group.name], batch)
                     rows = columns.reshape(-1, group.size, group.width).sum(2)
-                    own = rows * self._batch_to_own_loss(batch)
-                    statistics[group.name].update(own if per_sample else rows.sum(0, keepdim=True))
+                    # Of the sum of the loss, not of its mean: that of nothing has no gradient.
+                    rows = rows * own.sum() if own.any() else torch.zeros_like(rows)
+                    if per_sample:
+                        statistics[group.name].update(rows / own.clamp_min(1))
+                    else:
+                        sums[group.name] = sums[group.name] + rows.sum(0, keepdim=True)
+                        if ends:
+                            statistics[group.name].update(sums[group.name] / terms)
+                if ends:
+                    sums, terms = dict.fromkeys(statistics, torch.zeros(())), torch.zeros(())
         self.reduce(statistics)
 
     def differentiate(
@@ -387,6 +405,9 @@ class Calibrator:
 
         Yields:
             The batch, for each site its input, and for each loss a gradient for each site.
+
+        Raises:
+            CalibrationError: A loss is NaN or infinite; the message names the first site whose input is.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
         try:
@@ -395,6 +416,8 @@ class Calibrator:
             for index, batch in self.batches(description):
                 with grad_inputs(base_model(self.model), sites) as inputs, torch.enable_grad():
                     values = losses(index, batch)
+                    if not all(value.isfinite() for value in values):  # then so is every gradient, at sites below too
+                        raise _not_finite(next((n for n, x in inputs.items() if not x.isfinite().all()), None))
                     gradients = [
                         dict(
                             zip(
@@ -410,15 +433,14 @@ class Calibrator:
             for parameter in trained:
                 parameter.requires_grad_(True)
 
-    def _batch_to_own_loss(self, batch: Batch) -> torch.Tensor:
-        """By how much a gradient of the mean loss of a batch grows for the loss of an example alone: (examples, 1)."""
+    def _loss_terms(self, batch: Batch) -> torch.Tensor:
+        """How many terms of the mean loss of a batch are those of each example: float64, (examples, 1)."""
         labels = batch.get("labels")
         if labels is None or labels.dim() < 2:
-            return torch.tensor(float(len(next(iter(batch.values())))))
+            return torch.ones(len(next(iter(batch.values()))), 1, dtype=torch.float64, device=self.model.device)
         if self.model.can_generate() and not self.model.config.is_encoder_decoder:
             labels = labels[:, 1:]  # each token is predicted from those before it
-        tokens = labels.ne(-100).flatten(1).sum(1, keepdim=True).double()
-        return tokens.sum() / tokens.clamp_min(1)
+        return labels.ne(-100).flatten(1).sum(1, keepdim=True).double()
 
     def reduce(self, statistics: Mapping[str, Sums]) -> None:
         """Sum statistics over the processes, and check them.
@@ -430,10 +452,7 @@ class Calibrator:
             for tensor in statistic.sums():
                 tensor.copy_(reduce(tensor, "sum"))
                 if not tensor.isfinite().all():
-                    raise CalibrationError(
-                        f"The inputs of {name} are NaN or infinite on the calibration data. Check the weights of the "
-                        "layers below it, and try float32 if the model runs in half precision."
-                    )
+                    raise _not_finite(name)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Without gradients and dropout; the training mode of the model is restored."""
@@ -547,6 +566,15 @@ class Calibrator:
         self.tokens = int(sum(totals.values()))
         lengths = [totals[side] / self.samples for side in sorted(totals)]
         self.lengths = lengths[0], (lengths[1] if len(lengths) > 1 else None)
+
+
+def _not_finite(name: str | None) -> CalibrationError:
+    what = "The predictions or the loss" if name is None else f"The inputs of {name}"
+    below = "" if name is None else " below it"
+    return CalibrationError(
+        f"{what} are NaN or infinite on the calibration data. Check the weights of the layers{below}, and try float32 "
+        "if the model runs in half precision."
+    )
 
 
 def mask_gradients(inputs: torch.Tensor, gradients: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .architectures import FeedForwardSpec
 from .calibration import Calibrator, Moments, select_real
 from .errors import CalibrationError, ConfigError
 from .gates import LayerCalls, masked_columns, observe, record_calls, resume_at
@@ -312,16 +313,19 @@ class Walk:
         """
         self.index += 1
         layer, self._ends, self._targets = self.layers[self.index], [], {group.name: [] for group in groups}
+        streams = {group.name: _stream(layer, group) for group in groups}
         for position, hidden in enumerate(self.teacher):
-            seen: dict[str, torch.Tensor] = {}
-            residuals = {_residual(layer, g): _keep(seen, _residual(layer, g)) for g in groups}
-            outputs = {_inside(g): _keep(seen, g.name) for g in groups}
-            with observe(layer, {name: f for name, f in residuals.items() if name is not None}, outputs):
+            before: dict[str, torch.Tensor] = {}
+            after: dict[str, torch.Tensor] = {}
+            inputs = {name: _keep(before, name) for read, _ in streams.values() for name in read}
+            outputs = {name: _keep(after, name) for _, written in streams.values() for name in written}
+            outputs |= {_inside(group): _keep(after, _inside(group)) for group in groups}
+            with observe(layer, inputs, outputs):
                 self._ends.append(self._run(layer, hidden, self._teacher_calls[position]))
             for group in groups:
-                target, residual = seen[group.name].float(), _residual(layer, group)
-                if residual is not None:
-                    target = target + seen[residual].float().reshape(target.shape)
+                target, (read, written) = after[_inside(group)].float(), streams[group.name]
+                for part in (*(before[name] for name in read), *(after[name] for name in written)):
+                    target = target + part.float().reshape(target.shape)
                 self._targets[group.name].append(target)
 
     def refit(
@@ -401,21 +405,23 @@ class Walk:
     ) -> NormalEquations:
         """One pass of the student's layer over the data: the normal equations of one site."""
         equations = NormalEquations(*features(module), module.weight.device, dtype)
-        residual = _residual(small, group)
+        read, written = _stream(small, group)
         for position, batch in self.calibrator.batches(f"reconstruct {group.name}"):
             real = self.calibrator.real_tokens(batch, self.stack)
             seen: dict[str, torch.Tensor] = {}
+            before: dict[str, torch.Tensor] = {}
+            after: dict[str, torch.Tensor] = {}
 
             def reach(x: torch.Tensor, seen: dict[str, torch.Tensor] = seen) -> None:
                 seen["features"] = x
                 raise _Reached
 
-            into = {} if residual is None else {residual: _keep(seen, "residual")}
-            with observe(small, {**into, _inside(group): reach}), suppress(_Reached):
+            inputs = {name: _keep(before, name) for name in read} | {_inside(group): reach}
+            with observe(small, inputs, {name: _keep(after, name) for name in written}), suppress(_Reached):
                 self._run(small, self.student[position], self._student_calls[position])
             target = select_real(self._targets[group.name][position], real, group.name)
-            if residual is not None:
-                target = target - select_real(seen["residual"], real, group.name).float()
+            for part in (*before.values(), *after.values()):
+                target = target - select_real(part, real, group.name).float()
             equations.update(select_real(seen["features"], real, group.name), target)
         self.calibrator.reduce({group.name: equations})
         kept = len(equations.gram) // group.width
@@ -433,12 +439,14 @@ def _inside(group: UnitGroup) -> str:
     return group.block.output
 
 
-def _residual(layer: nn.Module, group: UnitGroup) -> str | None:
-    """The module of a layer whose input is the residual stream to which the output of a block is added."""
-    assert group.block is not None
-    residual = group.block.residual
-    return residual(layer) if callable(residual) else residual
+def _stream(layer: nn.Module, group: UnitGroup) -> tuple[list[str], list[str]]:
+    """The modules of a layer whose inputs, and those whose outputs, a block adds its own output to."""
+    block = group.block
+    assert block is not None
+    residual = block.residual(layer) if callable(block.residual) else block.residual
+    parallel = block.parallel(layer) if isinstance(block, FeedForwardSpec) else None
+    return [name for name in (residual,) if name is not None], [name for name in (parallel,) if name is not None]
 
 
-def _keep(seen: dict[str, torch.Tensor], key: str | None) -> Callable[[torch.Tensor], None]:
-    return lambda x: seen.__setitem__(str(key), x)
+def _keep(seen: dict[str, torch.Tensor], key: str) -> Callable[[torch.Tensor], None]:
+    return lambda x: seen.__setitem__(key, x)

@@ -16,7 +16,7 @@ def data(name="bert", **options):
     return [tiny_batch(name, size=12, padded=True, seed=seed, **options) for seed in range(4)]
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "bart"])
+@pytest.mark.parametrize("name", ["bert", "llama", "bart", "gpt2", "vit"])
 def test_the_closest_is_kept_with_its_weights(name):
     model, dense = tiny_model(name), tiny_model(name)
     candidates = ("magnitude", {"method": "kcm", "d2": "mean"}, "kcm", "random")

@@ -5,12 +5,15 @@ from itertools import combinations
 
 import pytest
 import torch
+import transformers as T
 from tiny import tiny_batch, tiny_model
 
 import hf_prune
 from hf_prune import CalibrationError, Calibrator, FisherConfig
 from hf_prune.methods.fisher import FisherBlock, rearranged
 from hf_prune.selection import Selector
+
+QUESTIONS = T.AutoModelForQuestionAnswering
 
 
 def fisher_of(gradients):
@@ -20,6 +23,20 @@ def fisher_of(gradients):
 
 def labelled(name, size=16, seed=0):
     return tiny_batch(name, size=size, padded=True, seed=seed, labels=True)
+
+
+def questions(size):
+    spans = {"start_positions": torch.arange(size) % 3, "end_positions": torch.arange(size) % 3 + 1}
+    return tiny_batch("bert", size=size, padded=True) | spans
+
+
+def information(model, data, per_sample):
+    """The Fisher matrix of each group."""
+    calibrator = Calibrator(model, data, labels=True)
+    groups = calibrator.units.of_kind("heads", "neurons")
+    blocks = {g.name: FisherBlock(g.size, torch.device("cpu")) for g in groups}
+    calibrator.collect_gradients(groups, blocks, per_sample=per_sample)
+    return {name: block.matrix for name, block in blocks.items()}
 
 
 def test_gradients_that_cancel_are_pruned_together():
@@ -91,13 +108,42 @@ def test_gradients_of_examples_do_not_depend_on_the_batch():
     rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(8)]
     found = []
     for data in ([batch], rows):
-        calibrator = Calibrator(model, data, labels=True)
-        groups = calibrator.units.of_kind("heads", "neurons")
-        blocks = {g.name: FisherBlock(g.size, torch.device("cpu")) for g in groups}
-        calibrator.collect_gradients(groups, blocks, per_sample=True)
-        found.append({name: block.matrix for name, block in blocks.items()})
+        found.append(information(model, data, per_sample=True))
     for name, matrix in found[0].items():
-        assert torch.allclose(matrix, found[1][name], rtol=1e-4, atol=1e-9)
+        assert torch.allclose(matrix, found[1][name], rtol=0, atol=1e-5 * float(matrix.abs().max()))
+
+
+@pytest.mark.parametrize(("name", "auto"), [("bert", None), ("bert", QUESTIONS), ("llama", None), ("bart", None)])
+def test_gradients_of_batches_are_gathered_over_their_parts(name, auto, monkeypatch):
+    """A few examples at a time, the mean loss is still that of the batch, whatever share of it each example has."""
+    model = tiny_model(name, auto)
+    batches = [questions(5), questions(3)] if auto else [labelled(name, size=5), labelled(name, size=3, seed=1)]
+    if name == "llama":
+        batches[0]["labels"][0] = -100  # a part with nothing to predict
+    parts, found = Calibrator.in_parts, []
+    for tokens in (10**6, 1):
+        monkeypatch.setattr(Calibrator, "in_parts", lambda self, n=tokens: parts(self, n))
+        found.append(information(model, batches, per_sample=False))
+    for site, matrix in found[0].items():
+        assert matrix.any() and torch.linalg.matrix_rank(matrix) <= 2
+        assert torch.allclose(matrix, found[1][site], rtol=0, atol=1e-5 * float(matrix.abs().max()))
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_questions_are_pruned_by_the_loss_of_their_spans(dtype, per_sample):
+    config = FisherConfig(budget={"macs": 0.7}, per_sample=per_sample)
+    batch, masks = questions(24), []
+    rows = [{key: value[i : i + 1] for key, value in batch.items()} for i in range(24)]
+    for data in ([batch], rows) if per_sample else ([batch], [batch]):
+        model = tiny_model("bert", QUESTIONS).to(dtype)
+        masks.append(hf_prune.prune(model, config, data).mask)
+        with torch.no_grad():
+            masked = model(**batch).start_logits
+            shrunk = hf_prune.shrink(model)(**batch).start_logits
+        assert torch.allclose(shrunk, masked, atol=1e-4 if dtype == torch.float32 else 0.1)
+    if dtype == torch.float32:
+        assert masks[0] == masks[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"per_sample": True}, {"rearrange": False, "recover": "none"}])
@@ -125,7 +171,7 @@ def test_labels_are_found_and_missed():
     ):
         with pytest.raises(CalibrationError, match=message):
             hf_prune.prune(model, config, data)
-    headless = hf_prune.prunable(tiny_model("bert", __import__("transformers").AutoModel))
+    headless = hf_prune.prunable(tiny_model("bert", T.AutoModel))
     with pytest.raises(CalibrationError, match="needs labels|returns no loss"):
         headless.prune(config, [{**row, "labels": 0} for row in rows])
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -148,7 +194,7 @@ def test_methods_that_need_no_data_can_end_with_a_refit():
 
 
 def test_a_classifier_that_decodes_its_own_input_needs_no_labels():
-    model = tiny_model("bart", __import__("transformers").AutoModelForSequenceClassification)
+    model = tiny_model("bart", T.AutoModelForSequenceClassification)
     batch = {k: v for k, v in tiny_batch("bart", size=24).items() if k != "decoder_input_ids"}
     batch["input_ids"][:, -1] = 2  # the state at the end token is classified
     calibrator = Calibrator(model, [batch])

@@ -295,6 +295,8 @@ def test_a_table_of_another_model_is_refused(clock):
 
 # The whole road
 
+WIDE = dict.fromkeys(("intermediate_size", "encoder_ffn_dim", "decoder_ffn_dim", "n_inner", "hidden_dim"), 128)
+
 
 @pytest.mark.parametrize(
     "config",
@@ -308,9 +310,9 @@ def test_a_table_of_another_model_is_refused(clock):
     ],
     ids=lambda config: config.method,
 )
-@pytest.mark.parametrize("name", ["llama", "bart"])
+@pytest.mark.parametrize("name", ["llama", "bart", "gpt2", "distilbert"])
 def test_prune_reports_predicted_and_measured_latency(name, config, clock, tmp_path):
-    model = hf_prune.prunable(tiny_model(name, intermediate_size=128, encoder_ffn_dim=128, decoder_ffn_dim=128))
+    model = hf_prune.prunable(tiny_model(name, **WIDE))
     batches = [tiny_batch(name, size=4, padded=True, labels=True, seed=seed) for seed in range(4)]
     result = model.prune(config, batches)
     report = result.report
@@ -319,9 +321,7 @@ def test_prune_reports_predicted_and_measured_latency(name, config, clock, tmp_p
     assert report.ratio("latency") <= 0.8 and not all(vector.all() for vector in result.mask.values())
     assert report.latency["multiple_of"] == step
     assert report.latency["before"] > 0 and report.latency["after"] > 0
-    tokens = math.ceil(
-        config.sequence_length or report.sequence_lengths["layers" if name == "llama" else "encoder.layers"]
-    )
+    tokens = math.ceil(config.sequence_length or next(iter(report.sequence_lengths.values())))
     assert report.latency["where"].startswith(f"batch {config.latency_batch_size} × {tokens} ")
     report.save(tmp_path)
     assert hf_prune.PruningReport.load(tmp_path) == report
@@ -355,14 +355,15 @@ def test_the_batch_size_is_checked(wrong):
         hf_prune.MagnitudeConfig(budget={"latency": 0.8}, latency_batch_size=wrong)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "whisper"])
 @pytest.mark.parametrize("method", ["kprune", "flap", "layer_drop", "auto"])
-def test_depth_and_search_by_sublayer_meet_a_budget_of_latency(method, clock):
+def test_depth_and_search_by_sublayer_meet_a_budget_of_latency(method, name, clock):
     depth = {} if method == "layer_drop" else {"drop_layers": 1}
     options = {"method": method, "budget": {"latency": 0.7}, **depth}
     if method == "auto":
         options["candidates"] = ("flap", "magnitude")
-    model = tiny_model("bert", intermediate_size=128)
-    data = [tiny_batch("bert", size=24, padded=True, seed=seed) for seed in range(3)]
+    model = tiny_model(name, **WIDE)
+    data = [tiny_batch(name, size=24, padded=True, seed=seed) for seed in range(3)]
     report = hf_prune.prune(model, hf_prune.PruningConfig.from_dict(options), data).report
     assert report.after["latency"] <= 0.7 * report.before["latency"]
     assert report.latency["after"] is not None

@@ -133,6 +133,33 @@ def test_the_target_is_the_teacher_with_its_residual_stream():
     assert reached.item() == pytest.approx(best.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "vit", "gpt_neox", "gpt_neox/serial"])
+def test_the_last_block_of_a_layer_makes_up_for_all_that_was_pruned_before_it(name):
+    """Also where attention and feed-forward read the same stream, and are added to it together."""
+    model, data = tiny_model(name), [tiny_batch(name, size=40, seed=1)]
+    dense, base = copy.deepcopy(model).base_model, model.base_model
+    units = hf_prune.prunable_units(model)
+    groups = units.of_layer(next(iter(units.stacks)), 0)
+    layer, site = groups[0].name.partition(".0.")[0] + ".0", groups[-1].name
+    mask = hf_prune.PruningMask({g.name: torch.arange(g.size) >= g.size // 2 for g in groups}, units)
+    reconstruct(model, units, mask, Calibrator(model, data), ridge=1e-9)
+    hf_prune.apply_mask(model, mask)
+    seen = {}
+    with torch.no_grad():
+        with observe(dense, {}, {layer: lambda x: seen.update(dense=x)}):
+            dense(**data[0])
+        ends = {site: lambda x: seen.update(out=x), layer: lambda x: seen.update(end=x)}
+        with observe(base, {site: lambda x: seen.update(x=x)}, ends):
+            base(**data[0])
+    features, out, end, dense_end = (seen[key].flatten(0, -2).double() for key in ("x", "out", "end", "dense"))
+    features = features[:, mask[site]]
+    if base.get_submodule(site).bias is not None:
+        features = torch.cat([features, torch.ones(len(features), 1)], 1)
+    target = dense_end - (end - out)
+    best = (features @ torch.linalg.lstsq(features, target).solution - target).square().sum()
+    assert (end - dense_end).square().sum().item() == pytest.approx(best.item(), rel=1e-2)
+
+
 def test_too_few_tokens_name_the_layer():
     model = tiny_model("bert")
     state = copy.deepcopy(model.state_dict())

@@ -210,8 +210,12 @@ register_architecture(
                         head_dim="head_size",
                     ),
                 ),
-                # With parallel residuals attention and feed-forward read the same stream: neither corrects the other.
-                FeedForwardSpec(("mlp.dense_h_to_4h",), "mlp.dense_4h_to_h", residual="post_attention_layernorm"),
+                FeedForwardSpec(
+                    ("mlp.dense_h_to_4h",),
+                    "mlp.dense_4h_to_h",
+                    residual="post_attention_layernorm",
+                    parallel=lambda layer: "attention.dense" if layer.use_parallel_residual else None,
+                ),
             ),
         ),
     ),

@@ -64,6 +64,8 @@ class FeedForwardSpec:
         width (`tuple[str, ...]`): Attributes, relative to the layer, that hold the number of neurons.
         residual (`str` or `Callable`, *optional*): As in [`AttentionSpec`]; a function of the layer where that depends
             on it.
+        parallel (`Callable`): Given the layer, the module whose output is added together with that of the block, if
+            one is: the output projection of an attention block that reads the same residual stream.
     """
 
     inputs: tuple[str, ...]
@@ -71,6 +73,7 @@ class FeedForwardSpec:
     fused_gate: bool = False
     width: tuple[str, ...] = ()
     residual: str | Callable[[Any], str] | None = ""
+    parallel: Callable[[Any], str | None] = lambda layer: None
 
 
 @dataclass(frozen=True)

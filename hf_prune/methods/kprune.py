@@ -27,8 +27,6 @@ from ..surgery import cut_layer
 from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, site
 from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
 
-_TOKENS = 512  # that a backward pass holds the activations of
-
 
 @dataclass(kw_only=True)
 class KPruneConfig(RecoverableConfig):
@@ -89,7 +87,7 @@ class KPrunePruner(Pruner[KPruneConfig]):
         selector, recover = self.selector(model, units, calibrator), self.recovery(model, units)
         dtype = getattr(torch, self.config.precision)
         if self.config.kpred == "fisher":  # of single examples: the batches need not be as large as those of inference
-            calibrator = calibrator.in_parts(_TOKENS)
+            calibrator = calibrator.in_parts()
         names = [g.name for g in units.values() if g in selector.groups]
         dropped = current_mask(model)
         student = _Student(calibrator, self.config)
