@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import hf_prune
 from hf_prune.errors import ConfigError, UnsupportedModelError
-from hf_prune.trainers.head_gates import HeadGates, add_head_gates
+from hf_prune.trainers.head_gates import HeadGates, add_head_gates, concentration_weight
 from hf_prune.trainers.pass_ import head_confidence
 
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dropout=0.0)
@@ -156,22 +156,55 @@ def test_a_short_run_warns(tmp_path, caplog):
     assert "0 gates open, 0 closed and 12 undecided" in caplog.text and not trainer.callback.saturated
 
 
-def test_schedule(tmp_path):
-    for steps, lambda_steps, expected in ((600, None, 60), (9999, None, 999), (20000, None, 1000), (200, 30, 30)):
-        trainer = make_trainer("bert", tmp_path, lambda_steps=lambda_steps)
-        trainer.state.max_steps = steps
-        trainer.callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-        assert trainer.callback.steps == expected
-        assert trainer.callback.reopen is (steps >= 10_000)
-        first = 2 if trainer.callback.reopen else 1
-        assert trainer.callback.events == {expected * i for i in range(first, 5) if expected * i <= steps / 2}
+def begin(trainer, steps):
+    trainer.state.max_steps = steps
+    trainer.create_optimizer_and_scheduler(steps)
+    trainer.callback.on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=trainer.optimizer
+    )
+    return trainer.callback
+
+
+@pytest.mark.parametrize(
+    "steps, lambda_steps, expected, rate",
+    [
+        (600, None, 60, 8 / 60),
+        (9999, None, 999, 8 / 999),
+        (20000, None, 1000, 0.5),
+        (200, 30, 30, 8 / 30),
+        (50, None, 5, 0.5),
+    ],
+)
+def test_schedule(steps, lambda_steps, expected, rate, tmp_path):
+    callback = begin(make_trainer("bert", tmp_path, lambda_steps=lambda_steps), steps)
+    assert callback.steps == expected and callback.rate == rate
+    assert callback.reopen is (steps >= 10_000)
+    first = 2 if callback.reopen else 1
+    assert callback.events == {expected * i for i in range(first, 5) if expected * i <= steps / 2}
+    given = begin(make_trainer("bert", tmp_path, lambda_steps=lambda_steps, gate_learning_rate=0.3), steps)
+    assert given.rate == 0.3
+
+
+def test_without_reopening_the_concentrator_is_weighed_at_each_step(tmp_path):
+    trainer = make_trainer("bert", tmp_path, concentrate=True, lambda_steps=10)
+    callback, weights = begin(trainer, 60), {}
+    phi = torch.zeros(12).double()
+    for step in range(1, 60):
+        callback.gates.phi = phi + step / 100
+        trainer.state.global_step = step
+        callback.on_step_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        weights[step] = callback.conc_weight
+    for step, weight in weights.items():
+        if 10 <= step <= 30:  # until the middle of the run
+            values = (phi + step / 100).float().double()
+            assert weight == pytest.approx(concentration_weight(values, callback.gates.module))
+        else:
+            assert weight == (0 if step < 10 or step >= 50 else weights[30])
 
 
 def test_reopening_and_concentration_follow_their_rules(tmp_path):
-    trainer = make_trainer("bert", tmp_path, concentrate=True, reopen=True, lambda_steps=10, max_steps=100)
-    callback, state = trainer.callback, trainer.state
-    state.max_steps = 100
-    callback.on_train_begin(trainer.args, state, trainer.control, model=trainer.model)
+    trainer = make_trainer("bert", tmp_path, concentrate=True, reopen=True, lambda_steps=10)
+    callback, state = begin(trainer, 100), trainer.state
     gates = callback.gates
     closed = torch.arange(12) >= 8
 
