@@ -102,7 +102,9 @@ class PruningTrainer(DistillingTrainer):
         self.metrics: dict[str, dict[str, float]] = {}
         self.card_metadata: dict[str, Any] = {}
         if self.args.eval_strategy != "no":
-            self.callback_handler.callbacks.insert(0, _BeforeAndAfter(self))
+            # Trackers log these evaluations too: they are ready by then, and not yet closed.
+            self.callback_handler.callbacks.append(_Before(self))
+            self.callback_handler.callbacks.insert(0, _After(self))
         if self.args.distillation_weight:
             if teacher_model is None:
                 teacher_model = copy.deepcopy(self.model)
@@ -280,8 +282,8 @@ class PruningTrainer(DistillingTrainer):
         return {"steps": self.state.global_step, "metrics": self.metrics}
 
 
-class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]
-    """Evaluates the dense model when training begins, and what is left of it when it ends."""
+class _Before(TrainerCallback):  # type: ignore[misc]
+    """Evaluates the dense model when training begins."""
 
     def __init__(self, trainer: PruningTrainer) -> None:
         self.trainer = trainer
@@ -291,6 +293,13 @@ class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]
             with without_mask(self.trainer.model):
                 metrics = self.trainer.evaluate(metric_key_prefix="dense")
             self.trainer.metrics["before"] = _quality(metrics, "dense_")
+
+
+class _After(TrainerCallback):  # type: ignore[misc]
+    """Evaluates what is left of the model when training ends."""
+
+    def __init__(self, trainer: PruningTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.metrics["after"] = _quality(self.trainer.evaluate(), "eval_")
