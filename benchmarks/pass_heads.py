@@ -1,19 +1,26 @@
 """A classifier with K attention heads: PASS and PASSCONC against one-shot pruning and gates under an L0 penalty.
 
-    python benchmarks/pass_heads.py --model MODEL --train train.tsv.gz --dev dev.tsv --heads 36 18 8 4
+    python benchmarks/pass_heads.py --model MODEL --train train.tsv.gz --dev dev.tsv --results pass_heads.json
 
-MODEL is a BERT fine-tuned on SST-2; the files have the columns `sentence` and `label`. All trained rows get as many
-steps. `fisher` keeps the K heads with the largest Fisher information of 2,048 sentences and trains nothing,
-`fisher+train` then trains what is left. `l0` trains the same gates with a constant weight on the expected number of
-open ones and keeps those above 0.5, so that K is not chosen but reached: give it weights with `--l0`. Latencies are
-those of the shrunk models against the dense one, timed in turns with it: the whole model, and its attention modules.
+MODEL is a BERT fine-tuned on SST-2; the files have the columns `sentence` and `label`. All methods train the weights
+for as many steps, on the same sentences. `fisher` keeps the K heads with the largest Fisher information, `kprune`
+those of K-prune, which also refits what it keeps (and leaves no layer empty); both then train what is left. `l0`
+trains the same gates as PASS with a constant weight on the expected number of open ones and keeps those above 0.5, so
+that K is not chosen but reached: `--l0` gives it weights. So that a CPU can do it, word embeddings are not trained and
+there is no dropout. Latencies are those of the shrunk models against the dense one, CPU time of one thread in turns
+with it: the whole model, and its attention modules.
+
+Each run is added to the results as soon as it ends, and what is there is not run again, so that several processes can
+share the work; beside the results a table is written (.md).
 """
 
 import argparse
 import copy
+import json
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import pandas
 import torch
@@ -21,10 +28,12 @@ import transformers
 from transformers.models.bert.modeling_bert import BertAttention
 
 import hf_prune
-from hf_prune.benchmark import example_inputs
 from hf_prune.methods.fisher import FisherBlock
+from hf_prune.timing import example_inputs
 from hf_prune.trainers.head_gates import closed_probability, soft_gates, top_heads
 from hf_prune.units import site
+
+METHODS = ["pass", "passconc", "fisher", "kprune", "l0"]
 
 
 class L0Callback(hf_prune.PassCallback):
@@ -40,17 +49,32 @@ class L0Callback(hf_prune.PassCallback):
         self._show_mask(self.gates)
 
 
-def one_shot(model: transformers.PreTrainedModel, data: list[dict], tokenizer, heads: int) -> hf_prune.PruningMask:
-    """The mask of the heads with the largest Fisher information."""
+def fisher(model: transformers.PreTrainedModel, data: list[dict], tokenizer, heads: int) -> None:
+    """Mask all heads but those with the largest Fisher information."""
     units = hf_prune.prunable_units(model)
     groups = units.of_kind("heads")
     calibrator = hf_prune.Calibrator(model, data, processing_class=tokenizer, labels=True)
-    fisher = {group.name: FisherBlock(group.size, site(model, group).weight.device) for group in groups}
-    calibrator.collect_gradients(groups, fisher, per_sample=False)
+    blocks = {group.name: FisherBlock(group.size, site(model, group).weight.device) for group in groups}
+    calibrator.collect_gradients(groups, blocks, per_sample=False)
     sizes = [group.size for group in groups]
     module = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes))
-    keep = top_heads(torch.cat([fisher[group.name].matrix.diagonal() for group in groups]), heads, module)
-    return hf_prune.PruningMask(dict(zip([g.name for g in groups], keep.split(sizes), strict=True)), units)
+    keep = top_heads(torch.cat([blocks[group.name].matrix.diagonal() for group in groups]), heads, module)
+    names = [group.name for group in groups]
+    hf_prune.apply_mask(model, hf_prune.PruningMask(dict(zip(names, keep.split(sizes), strict=True)), units))
+
+
+def kprune(model: transformers.PreTrainedModel, data: list[dict], tokenizer, heads: int) -> None:
+    """Mask all heads but those that K-prune keeps."""
+    units = hf_prune.prunable_units(model)
+    table = hf_prune.CostTable(model)
+    first = units.of_kind("heads")[0]
+    keep = torch.ones(first.size, dtype=torch.bool)
+    keep[0] = False
+    dense, less = (cost.params for cost in (table.of(), table.of(hf_prune.PruningMask({first.name: keep}, units))))
+    left = dense - (sum(group.size for group in units.of_kind("heads")) - heads) * (dense - less)
+    neurons = tuple(group.name for group in units.of_kind("neurons"))
+    config = hf_prune.KPruneConfig(budget={"params": left}, exclude=neurons)
+    hf_prune.prune(model, config, data, processing_class=tokenizer)
 
 
 def latency(dense: transformers.PreTrainedModel, small: transformers.PreTrainedModel, repeats: int) -> list[float]:
@@ -63,21 +87,136 @@ def latency(dense: transformers.PreTrainedModel, small: transformers.PreTrainedM
             marks: list[float] = []
 
             def mark(*_, marks: list[float] = marks) -> None:
-                marks.append(time.perf_counter())
+                marks.append(time.process_time())
 
             blocks = [module for module in model.modules() if isinstance(module, BertAttention)]
             handles = [b.register_forward_pre_hook(mark) for b in blocks] + [
                 b.register_forward_hook(mark) for b in blocks
             ]
-            begin = time.perf_counter()
+            begin = time.process_time()
             with torch.no_grad():
                 model(**inputs)
             inside = sum(end - start for start, end in zip(marks[::2], marks[1::2], strict=True))
-            times.append((time.perf_counter() - begin, inside))
+            times.append((time.process_time() - begin, inside))
             for handle in handles:
                 handle.remove()
         ratios.append([b / a for a, b in zip(*times, strict=True)])
     return [statistics.median(column) for column in zip(*ratios, strict=True)]
+
+
+class Benchmark:
+    """The model, the data, and one run of a method."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
+        self.dense = transformers.AutoModelForSequenceClassification.from_pretrained(
+            args.model, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+        ).eval()
+        self.dense.get_input_embeddings().requires_grad_(False)
+        self.units = hf_prune.prunable_units(self.dense)
+        self.train, self.dev = (pandas.read_csv(path, sep="\t", quoting=3) for path in (args.train, args.dev))
+        self.dev = self.dev.loc[self.dev.sentence.str.len().sort_values().index]
+
+    def encoded(self, frame: pandas.DataFrame) -> list[dict]:
+        tokens = self.tokenizer(frame.sentence.tolist(), truncation=True, max_length=self.args.max_length)
+        return [
+            {"input_ids": ids, "labels": int(label)}
+            for ids, label in zip(tokens["input_ids"], frame.label, strict=True)
+        ]
+
+    def accuracy(self, model: transformers.PreTrainedModel) -> float:
+        right = 0
+        with torch.no_grad():
+            for start in range(0, len(self.dev), 32):
+                rows = self.dev[start : start + 32]
+                batch = self.tokenizer(rows.sentence.tolist(), padding=True, truncation=True, return_tensors="pt")
+                right += int((model.eval()(**batch).logits.argmax(-1) == torch.tensor(rows.label.to_numpy())).sum())
+        return 100 * right / len(self.dev)
+
+    def run(self, method: str, target: float, seed: int) -> dict:
+        args, model = self.args, copy.deepcopy(self.dense)
+        sample = self.train.sample(min(args.steps * args.batch_size, len(self.train)), random_state=seed)
+        calibration = sample[: args.sentences].to_dict("records")
+        started, one_shot = time.process_time(), None
+        with tempfile.TemporaryDirectory() as scratch:
+            options = {
+                "output_dir": scratch,
+                "max_steps": args.steps,
+                "per_device_train_batch_size": args.batch_size,
+                "learning_rate": args.learning_rate,
+                "train_sampling_strategy": "group_by_length",
+                "seed": seed,
+                "save_strategy": "no",
+                "logging_strategy": "no",
+                "disable_tqdm": True,
+                "use_cpu": True,
+            }
+            data = {"train_dataset": self.encoded(sample), "processing_class": self.tokenizer}
+            if method in ("fisher", "kprune"):
+                {"fisher": fisher, "kprune": kprune}[method](model, calibration, self.tokenizer, int(target))
+                one_shot = self.accuracy(model)
+                trainer = hf_prune.PruningTrainer(model, hf_prune.PruningTrainingArguments(**options), **data)
+            else:
+                heads = 1 if method == "l0" else int(target)
+                training = hf_prune.PassTrainingArguments(**options, num_heads=heads, concentrate=method == "passconc")
+                trainer = hf_prune.PassTrainer(model, training, **data)
+                if method == "l0":
+                    trainer.callback.__class__ = L0Callback
+                    trainer.callback.weight = target
+            trainer.train()
+        seconds = time.process_time() - started
+        small, mask = trainer.pruned_model().eval(), trainer.pruning_mask()
+        whole, attention = latency(self.dense, small, args.repeats)
+        return {
+            "method": method,
+            "target": target,
+            "seed": seed,
+            "heads": [int(mask[group.name].sum()) for group in self.units.of_kind("heads")],
+            "one_shot": one_shot,
+            "accuracy": self.accuracy(small),
+            "latency": whole,
+            "attention_latency": attention,
+            "seconds": seconds,
+        }
+
+
+def table(results: dict) -> str:
+    """The results as Markdown."""
+    columns = ["method", "K or weight", "seeds", "heads kept", "one-shot", "accuracy", "empty modules", "latency"]
+    columns += ["attention latency"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    runs: dict[tuple, list[dict]] = {}
+    for run in results["runs"]:
+        runs.setdefault((METHODS.index(run["method"]), -run["target"]), []).append(run)
+
+    def spread(scores: list[float]) -> str:
+        return f"{statistics.mean(scores):.2f}" + (f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else "")
+
+    for (method, target), rows in sorted(runs.items()):
+        cells = [METHODS[method], f"{-target:g}", len(rows), "/".join(str(sum(row["heads"])) for row in rows)]
+        shots = [row["one_shot"] for row in rows if row["one_shot"] is not None]
+        cells += [spread(shots) if shots else "", spread([row["accuracy"] for row in rows])]
+        cells += ["/".join(str(row["heads"].count(0)) for row in rows)]
+        cells += [f"{statistics.mean(row[key] for row in rows):.2f}×" for key in ("latency", "attention_latency")]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    budget = results["budget"]
+    return "\n".join(
+        [
+            "# PASS against one-shot pruning of heads and an L0 penalty",
+            "",
+            f"SST-2, dense {results['dense']:.2f} %, 6 × 12 heads; {budget['steps']} steps of {budget['batch_size']} "
+            f"sentences at a learning rate of {budget['learning_rate']:g}, one-shot masks from {budget['sentences']} "
+            "sentences. Made by:",
+            "",
+            "    python benchmarks/pass_heads.py --model MODEL --train train.tsv.gz --dev dev.tsv \\",
+            "        --results benchmarks/results/pass_heads.json "
+            + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in budget.items()),
+            "",
+            *lines,
+            "",
+        ]
+    )
 
 
 def main() -> None:
@@ -85,88 +224,51 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", required=True)
     parser.add_argument("--dev", required=True)
+    parser.add_argument("--results", type=Path, required=True)
     parser.add_argument("--heads", type=int, nargs="+", default=[36, 18, 8, 4])
-    parser.add_argument("--methods", nargs="+", default=["pass", "passconc", "fisher", "fisher+train", "l0"])
-    parser.add_argument("--l0", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2, 3e-2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--l0", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-5)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
+    parser.add_argument("--sentences", type=int, default=1024)
     parser.add_argument("--repeats", type=int, default=15)
     args = parser.parse_args()
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
-    dense = transformers.AutoModelForSequenceClassification.from_pretrained(args.model).eval()
-    train, dev = (pandas.read_csv(path, sep="\t", quoting=3) for path in (args.train, args.dev))
+    benchmark = Benchmark(args)
+    budget = {
+        name: getattr(args, name) for name in ("steps", "batch_size", "max_length", "learning_rate", "sentences")
+    }
 
-    def encoded(frame: pandas.DataFrame) -> list[dict]:
-        tokens = tokenizer(frame.sentence.tolist(), truncation=True, max_length=128)["input_ids"]
-        return [{"input_ids": ids, "labels": int(label)} for ids, label in zip(tokens, frame.label, strict=True)]
+    def load() -> dict:
+        results = json.loads(args.results.read_text())
+        if results["budget"] != budget:
+            raise SystemExit(f"{args.results} holds runs with {results['budget']}: give another file.")
+        return results
 
-    def accuracy(model: transformers.PreTrainedModel) -> float:
-        right = 0
-        with torch.no_grad():
-            for start in range(0, len(dev), 32):
-                rows = dev[start : start + 32]
-                batch = tokenizer(rows.sentence.tolist(), padding=True, truncation=True, return_tensors="pt")
-                right += int((model.eval()(**batch).logits.argmax(-1) == torch.tensor(rows.label.to_numpy())).sum())
-        return 100 * right / len(dev)
+    def save(results: dict) -> None:
+        args.results.write_text(json.dumps(results, indent=1) + "\n")
+        args.results.with_suffix(".md").write_text(table(results))
 
-    def run(method: str, target: float, seed: int) -> tuple[transformers.PreTrainedModel, hf_prune.PruningMask, float]:
-        model = copy.deepcopy(dense)
-        sample = train.sample(min(args.steps * args.batch_size, len(train)), random_state=seed)
-        options = {
-            "output_dir": scratch,
-            "max_steps": args.steps,
-            "per_device_train_batch_size": args.batch_size,
-            "learning_rate": args.learning_rate,
-            "train_sampling_strategy": "group_by_length",
-            "seed": seed,
-            "save_strategy": "no",
-            "logging_strategy": "no",
-            "disable_tqdm": True,
-            "use_cpu": True,
-        }
-        started = time.perf_counter()
-        if method.startswith("fisher"):
-            mask = one_shot(model, sample[:2048].to_dict("records"), tokenizer, int(target))
-            hf_prune.apply_mask(model, mask)
-            training = hf_prune.PruningTrainingArguments(**options)
-            trainer = hf_prune.PruningTrainer(
-                model, training, train_dataset=encoded(sample), processing_class=tokenizer
-            )
-        else:
-            heads = 1 if method == "l0" else int(target)
-            training = hf_prune.PassTrainingArguments(**options, num_heads=heads, concentrate=method == "passconc")
-            trainer = hf_prune.PassTrainer(model, training, train_dataset=encoded(sample), processing_class=tokenizer)
-            if method == "l0":
-                trainer.callback.__class__ = L0Callback
-                trainer.callback.weight = target
-        if method != "fisher":
-            trainer.train()
-        return trainer.pruned_model().eval(), trainer.pruning_mask(), time.perf_counter() - started
-
-    print(f"dense: {accuracy(dense):.2f} % on {len(dev)} sentences; {args.steps} steps of {args.batch_size} sentences")
-    names = ["method", "asked", "heads kept", "accuracy", "empty modules", "latency", "attention latency", "seconds"]
-    print("| " + " | ".join(names) + " |\n" + "|---" * len(names) + "|")
-    with tempfile.TemporaryDirectory() as scratch:
+    if not args.results.exists():
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        save({"budget": budget, "dense": benchmark.accuracy(benchmark.dense), "runs": []})
+    layers = len(benchmark.units.of_kind("heads"))
+    for seed in args.seeds:
         for method in args.methods:
             for target in args.l0 if method == "l0" else args.heads:
-                rows = []
-                for seed in args.seeds:
-                    model, mask, seconds = run(method, target, seed)
-                    empty = sum(not mask[g.name].any() for g in hf_prune.prunable_units(dense).of_kind("heads"))
-                    ratios = latency(dense, model, args.repeats)
-                    rows.append([mask.kept("heads"), accuracy(model), empty, *ratios, seconds])
-                kept, scores, empties, whole, attention, seconds = zip(*rows, strict=True)
-                spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-                cells = [method, target, "/".join(map(str, kept)), f"{statistics.mean(scores):.2f} ± {spread:.2f}"]
-                cells += ["/".join(map(str, empties)), f"{statistics.mean(whole):.2f}×"]
-                cells += [f"{statistics.mean(attention):.2f}×", f"{statistics.mean(seconds):.0f}"]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+                key = {"method": method, "target": target, "seed": seed}
+                done = any(run.items() >= key.items() for run in load()["runs"])
+                if not done and not (method == "kprune" and target < layers):
+                    run = benchmark.run(**key)
+                    results = load()  # which another process may have written to
+                    save({**results, "runs": [*results["runs"], run]})
+    print(table(load()))
 
 
 if __name__ == "__main__":

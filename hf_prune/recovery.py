@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from torch import nn
 from torch.func import functional_call
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
@@ -21,7 +21,9 @@ from .gates import current_mask
 from .masks import PruningMask
 from .offload import refuse_offloaded
 from .surgery import shrink
+from .trainers import PruningTrainingArguments
 from .trainers.arguments import check_whole_model
+from .trainers.distillation import DistillingTrainer
 from .units import base_model, prunable_units, refuse_unprunable
 from .weight_masks import WeightMask
 
@@ -68,6 +70,7 @@ def recover_with_lora(
     lora_config: LoraConfig | None = None,
     args: TrainingArguments | None = None,
     *,
+    teacher_model: PreTrainedModel | None = None,
     resume_from_checkpoint: str | bool | None = None,
     **trainer_options: Any,
 ) -> PreTrainedModel:
@@ -87,6 +90,8 @@ def recover_with_lora(
             pruned projections (without a mask of weights: all in the blocks), since all of them lost something to
             recover; `task_type` follows the class; `modules_to_save` is the head of a classifier.
         args (`TrainingArguments`, *optional*): Defaults to one epoch with a learning rate of 1e-4 and no checkpoints.
+        teacher_model (`PreTrainedModel`, *optional*): Whose logits the model learns, such as the dense model. Then
+            `args` are [`PruningTrainingArguments`] with a `distillation_weight`.
         resume_from_checkpoint (`str` or `bool`, *optional*): See `Trainer.train`. Checkpoints hold the adapters; only
             this function applies them with the mask.
         trainer_options: Whatever else `Trainer` takes: `processing_class`, `data_collator`, `eval_dataset`,
@@ -99,7 +104,8 @@ def recover_with_lora(
         MaskError: The mask is for another model, or pruned weights are not zero.
         UnsupportedModelError: The model is quantised, offloaded, or carries adapters.
         ConfigError: `lora_config` targets what the mask does not prune, or asks for more than plain LoRA together with
-            a mask of weights; the model would be sharded; the training diverged.
+            a mask of weights; there is a teacher without a weight or the other way round; the model would be sharded;
+            the training diverged.
 
     After an error the weights are as before (unless `init_lora_weights` changes them from the start, as PiSSA does); a
     model that had to be shrunk stays shrunk.
@@ -116,6 +122,12 @@ def recover_with_lora(
     refuse_offloaded(model)
     args = args if args is not None else TrainingArguments(learning_rate=1e-4, num_train_epochs=1, save_strategy="no")
     check_whole_model(args)
+    distils = isinstance(args, PruningTrainingArguments) and args.distillation_weight > 0
+    if distils != (teacher_model is not None):
+        raise ConfigError(
+            "Distillation needs a teacher_model, such as the dense one loaded afresh, and args="
+            "PruningTrainingArguments(output_dir, distillation_weight=0.5)."
+        )
     config = copy.deepcopy(lora_config) if lora_config is not None else LoraConfig(r=8)
     if isinstance(mask, WeightMask):
         mask.check(model)
@@ -137,9 +149,10 @@ def recover_with_lora(
         adapted = get_peft_model(model, config)
         if isinstance(mask, WeightMask):
             _mask_adapters(model, mask)
-        Trainer(adapted, args, train_dataset=train_dataset, **trainer_options).train(
-            resume_from_checkpoint=resume_from_checkpoint
-        )
+        trainer = DistillingTrainer(adapted, args, train_dataset=train_dataset, **trainer_options)
+        if teacher_model is not None:
+            trainer.learn_from(teacher_model)
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         if not all(parameter.isfinite().all() for parameter in adapted.parameters() if parameter.requires_grad):
             raise ConfigError("The training diverged, adapters are not finite: lower the learning rate.")
         adapted.merge_and_unload()

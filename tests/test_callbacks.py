@@ -1,8 +1,5 @@
 """Callbacks in any Trainer: PASS, masks that are kept, gradual sparsity."""
 
-import sys
-import types
-
 import pytest
 import torch
 import transformers as T
@@ -124,31 +121,51 @@ def test_a_callback_that_can_not_work_says_so(tmp_path):
         callback.on_init_end(args, None, None, model=model)
 
 
-def test_the_heat_map_of_gates(tmp_path, monkeypatch):
-    images = []
+def test_the_heat_map_of_gates(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    train("bert", tmp_path, hf_prune.PassCallback(num_heads=4), max_steps=2, report_to="tensorboard")
+    events = accumulator.EventAccumulator(str(tmp_path / "runs" / "head_gates"))
+    events.Reload()
+    images = events.Images("head_gates")
+    assert [image.step for image in images] == [1, 2]
+    assert (images[0].height, images[0].width) == (16 * 3, 16 * 4)  # 3 modules of 4 heads
 
-    class SummaryWriter:
-        def __init__(self, log_dir):
-            self.folder = log_dir
 
-        def add_image(self, tag, image, step):
-            images.append((self.folder, tag, image, step))
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
+def test_pass_in_trl(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
 
-        def close(self):
-            images.append("closed")
-
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-
-    class Watched(hf_prune.PassCallback):
-        def on_log(self, args, state, control, logs=None, **kwargs):
-            args.report_to = ["tensorboard"]
-            super().on_log(args, state, control, logs=logs, **kwargs)
-
-    train("bert", tmp_path, Watched(num_heads=4), max_steps=2)
-    assert images.pop() == "closed" and len(images) == 2
-    folder, tag, image, step = images[-1]
-    assert folder == str(tmp_path / "runs" / "head_gates") and tag == "head_gates" and step == 2
-    assert image.shape == (1, 3 * 16, 4 * 16) and image.min() >= 0 and image.max() <= 1
+    words = {f"w{i}": i for i in range(97)} | {"<pad>": 97, "<eos>": 98}
+    tokenizer = T.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="<pad>", eos_token="<eos>"
+    )
+    ids = tiny_batch("llama", size=16)["input_ids"].tolist()
+    args = trl.SFTConfig(
+        str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        tiny_model("llama"),
+        args,
+        train_dataset=Dataset.from_dict({"input_ids": ids}),
+        processing_class=tokenizer,
+        callbacks=[hf_prune.PassCallback(num_heads=2)],
+    )
+    trainer.train()
+    assert hf_prune.current_mask(trainer.model).kept("heads") == 2
+    entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["mean_token_accuracy"] >= 0 and entry["heads_undecided"] == 6
+    masked = logits(trainer.model, "llama")
+    small = hf_prune.shrink(trainer.model)
+    assert_close(logits(small, "llama"), masked, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "bart"])

@@ -16,9 +16,9 @@ def dataset(name, size=8):
     return [{key: value[i] for key, value in batch.items()} for i in range(size)]
 
 
-def arguments(folder, **options):
+def arguments(folder, cls=T.TrainingArguments, **options):
     options = {"max_steps": 3, "save_strategy": "no", "learning_rate": 1e-2, "logging_steps": 1, **options}
-    return T.TrainingArguments(
+    return cls(
         str(folder), per_device_train_batch_size=4, use_cpu=True, disable_tqdm=True, report_to="none", **options
     )
 
@@ -233,3 +233,24 @@ def test_all_weights_train_under_a_mask(dtype, options, tmp_path):
     trainer.train()
     mask.check(trainer.model)
     assert zeros == list(range(1, 7)) and not torch.equal(logits(model, "gpt2"), before)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bart"])
+def test_a_teacher_is_followed(name, tmp_path):
+    model, mask = pruned(name)
+    teacher = tiny_model(name)
+    before = (logits(model, name) - logits(teacher, name)).square().mean()
+    args = arguments(
+        tmp_path, hf_prune.PruningTrainingArguments, distillation_weight=1.0, max_steps=15, learning_rate=5e-3
+    )
+    recover_with_lora(model, mask, dataset(name), LoraConfig(r=8), args, teacher_model=teacher)
+    assert (logits(model, name) - logits(teacher, name)).square().mean() < 0.8 * before
+    mask.check(model)
+
+
+def test_a_teacher_needs_a_weight_and_the_other_way_round(tmp_path):
+    model, mask = pruned("gpt2")
+    args = hf_prune.PruningTrainingArguments(str(tmp_path), distillation_weight=0.5, use_cpu=True)
+    for options in ({"args": args}, {"args": arguments(tmp_path), "teacher_model": tiny_model("gpt2")}):
+        with pytest.raises(ConfigError, match="Distillation needs a teacher_model"):
+            recover_with_lora(model, mask, dataset("gpt2"), **options)

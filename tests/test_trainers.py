@@ -1,5 +1,6 @@
 """Pruning inside Trainer: exactly K heads, masked == shrunk == reloaded, exact resume, two processes."""
 
+import copy
 import os
 import subprocess
 import sys
@@ -9,12 +10,13 @@ import pytest
 import torch
 import transformers as T
 from safetensors.torch import load_file
-from tiny import SEQ2SEQ, tiny_batch, tiny_model
+from tiny import FAMILIES as ALL, SEQ2SEQ, tiny_batch, tiny_model
+from tokenizers import Tokenizer, models
 from torch.testing import assert_close
 
 import hf_prune
 from hf_prune.errors import ConfigError, UnsupportedModelError
-from hf_prune.trainers.head_gates import HeadGates, add_head_gates
+from hf_prune.trainers.head_gates import HeadGates, add_head_gates, concentration_weight, top_heads
 from hf_prune.trainers.pass_ import head_confidence
 
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dropout=0.0)
@@ -121,6 +123,23 @@ def test_any_number_of_heads(name, share, tmp_path):
     assert_close(logits(loaded, batch), logits(trainer.model, batch), atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if not name.startswith("t5")])
+def test_exactly_so_many_heads_in_every_family(name):
+    model = tiny_model(name)
+    gates = add_head_gates(model)
+    for heads in range(max(len(gates.needed), 1), len(gates) + 1):
+        gates.set_mask(top_heads(torch.randn(len(gates)), heads, gates.module, gates.needed))
+        mask = hf_prune.current_mask(model)
+        assert mask.kept("heads") == heads
+        assert all(mask[gates.groups[index].name].any() for index in gates.needed)
+        if heads in (max(len(gates.needed), 1), len(gates) // 2 + 1):
+            masked, small = logits(model, tiny_batch(name)), copy.deepcopy(model)
+            hf_prune.remove_mask(small)
+            hf_prune.shrink(small, mask)
+            assert sum(g.size for g in hf_prune.prunable_units(small).of_kind("heads")) == heads
+            assert_close(logits(small, tiny_batch(name)), masked, atol=2e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name, least", [("gpt2", 3), ("whisper", 9)])
 def test_families_whose_attention_can_not_be_empty_keep_one_head_a_module(name, least, tmp_path):
     with pytest.raises(ConfigError, match=f"num_heads must be from {least}, one in each"):
@@ -156,22 +175,55 @@ def test_a_short_run_warns(tmp_path, caplog):
     assert "0 gates open, 0 closed and 12 undecided" in caplog.text and not trainer.callback.saturated
 
 
-def test_schedule(tmp_path):
-    for steps, lambda_steps, expected in ((600, None, 60), (9999, None, 999), (20000, None, 1000), (200, 30, 30)):
-        trainer = make_trainer("bert", tmp_path, lambda_steps=lambda_steps)
-        trainer.state.max_steps = steps
-        trainer.callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
-        assert trainer.callback.steps == expected
-        assert trainer.callback.reopen is (steps >= 10_000)
-        first = 2 if trainer.callback.reopen else 1
-        assert trainer.callback.events == {expected * i for i in range(first, 5) if expected * i <= steps / 2}
+def begin(trainer, steps):
+    trainer.state.max_steps = steps
+    trainer.create_optimizer_and_scheduler(steps)
+    trainer.callback.on_train_begin(
+        trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=trainer.optimizer
+    )
+    return trainer.callback
+
+
+@pytest.mark.parametrize(
+    "steps, lambda_steps, expected, rate",
+    [
+        (600, None, 60, 8 / 60),
+        (9999, None, 999, 8 / 999),
+        (20000, None, 1000, 0.5),
+        (200, 30, 30, 8 / 30),
+        (50, None, 5, 0.5),
+    ],
+)
+def test_schedule(steps, lambda_steps, expected, rate, tmp_path):
+    callback = begin(make_trainer("bert", tmp_path, lambda_steps=lambda_steps), steps)
+    assert callback.steps == expected and callback.rate == rate
+    assert callback.reopen is (steps >= 10_000)
+    first = 2 if callback.reopen else 1
+    assert callback.events == {expected * i for i in range(first, 5) if expected * i <= steps / 2}
+    given = begin(make_trainer("bert", tmp_path, lambda_steps=lambda_steps, gate_learning_rate=0.3), steps)
+    assert given.rate == 0.3
+
+
+def test_without_reopening_the_concentrator_is_weighed_at_each_step(tmp_path):
+    trainer = make_trainer("bert", tmp_path, concentrate=True, lambda_steps=10)
+    callback, weights = begin(trainer, 60), {}
+    phi = torch.zeros(12).double()
+    for step in range(1, 60):
+        callback.gates.phi = phi + step / 100
+        trainer.state.global_step = step
+        callback.on_step_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
+        weights[step] = callback.conc_weight
+    for step, weight in weights.items():
+        if 10 <= step <= 30:  # until the middle of the run
+            values = (phi + step / 100).float().double()
+            assert weight == pytest.approx(concentration_weight(values, callback.gates.module))
+        else:
+            assert weight == (0 if step < 10 or step >= 50 else weights[30])
 
 
 def test_reopening_and_concentration_follow_their_rules(tmp_path):
-    trainer = make_trainer("bert", tmp_path, concentrate=True, reopen=True, lambda_steps=10, max_steps=100)
-    callback, state = trainer.callback, trainer.state
-    state.max_steps = 100
-    callback.on_train_begin(trainer.args, state, trainer.control, model=trainer.model)
+    trainer = make_trainer("bert", tmp_path, concentrate=True, reopen=True, lambda_steps=10)
+    callback, state = begin(trainer, 100), trainer.state
     gates = callback.gates
     closed = torch.arange(12) >= 8
 
@@ -350,14 +402,28 @@ def test_bf16_models_have_gates_in_float32(tmp_path):
     assert {p.dtype for p in trainer.pruned_model().parameters()} == {torch.bfloat16}
 
 
-def test_any_optimizer_of_the_user_will_do(tmp_path):
+def given_optimizer(folder, rate, schedule):
     model = tiny_model("bert")
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # it does not know the gates
-    args = arguments("bert", tmp_path)
-    trainer = hf_prune.PassTrainer(model, args, train_dataset=examples("bert"), optimizers=(optimizer, None))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)  # it does not know the gates
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule) if schedule else None
+    args = arguments("bert", folder, num_heads=3, gate_learning_rate=0.5)
+    return hf_prune.PassTrainer(model, args, train_dataset=examples("bert"), optimizers=(optimizer, scheduler))
+
+
+@pytest.mark.parametrize("schedule", [None, lambda step: 1.0 if step < 4 else 0.0])
+def test_any_optimizer_and_scheduler_of_the_user_will_do(schedule, tmp_path):
+    trainer = given_optimizer(tmp_path, 0.3, schedule)  # another rate than that of the arguments
+    first = HeadGates(trainer.model).phi
     values = gate_values(trainer)
     trainer.train()
-    assert (values[-1] - values[0]).abs().min() > 0.05
+    assert_close((values[0] - first).abs(), torch.full((12,), 0.5).double(), atol=1e-2, rtol=0)
+    moved = (values[-1] - values[3]).abs()
+    assert moved.min() > 0.05 if schedule is None else moved.max() == 0
+
+
+def test_gates_need_a_learning_rate_to_follow(tmp_path):
+    with pytest.raises(ConfigError, match="whose learning rate is 0.0: it must be positive"):
+        given_optimizer(tmp_path, 0.0, None).train()
 
 
 def test_hyperparameter_search(tmp_path):
@@ -383,6 +449,45 @@ def test_hyperparameter_search(tmp_path):
         backend="optuna",
     )
     assert len(kept) == 2 and kept[0] == 2 and best.hyperparameters["num_heads"] in kept
+
+
+def test_collators_callbacks_and_trackers(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w1"))
+    tokenizer = T.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="w0")
+    data = [{"input_ids": list(range(3, 6 + i % 4)), "labels": i % 2} for i in range(24)]
+    args = arguments(
+        "bert",
+        tmp_path,
+        num_heads=3,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="constant",
+        report_to="tensorboard",
+        train_sampling_strategy="group_by_length",
+    )
+    trainer = hf_prune.PassTrainer(
+        tiny_model("bert"),
+        args,
+        data_collator=T.DataCollatorWithPadding(tokenizer),
+        train_dataset=data,
+        eval_dataset=data[:8],
+        compute_metrics=lambda prediction: {"constant": 1.0},
+        callbacks=[T.EarlyStoppingCallback(2)],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 3 and trainer.state.best_global_step == 1
+    assert trainer.pruning_mask().kept("heads") == 3
+    trainer.save_model()
+    assert T.AutoTokenizer.from_pretrained(tmp_path).pad_token == "w0"  # the collator's
+    (own,) = [path for path in (tmp_path / "runs").iterdir() if path.name != "head_gates"]
+    events = accumulator.EventAccumulator(str(own))
+    events.Reload()
+    wanted = {"train/loss", "train/pass_lambda", "train/heads_expected", "train/dense_loss", "eval/loss"}
+    assert wanted <= set(events.Tags()["scalars"])
 
 
 def test_generation_during_evaluation(tmp_path):
@@ -521,6 +626,32 @@ def test_distillation_brings_the_student_to_its_teacher(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(teacher.parameters(), tiny_model("bert", seed=5).parameters(), strict=True)
     )
+
+
+@pytest.mark.parametrize("method", ["pass", "gradual", "keep"])
+def test_every_method_can_distil(method, tmp_path):
+    cls = hf_prune.PassTrainer if method == "pass" else hf_prune.PruningTrainer
+    model, options = tiny_model("bert"), {"num_heads": 3} if method == "pass" else {}
+    callbacks = [hf_prune.GradualSparsityCallback(0.5, end=0.5)] if method == "gradual" else []
+    if method == "keep":
+        mask = hf_prune.prune(model, hf_prune.WeightMagnitudeConfig(sparsity=0.5)).mask
+        callbacks = [hf_prune.KeepMaskCallback(mask)]
+    args_class = hf_prune.PassTrainingArguments if method == "pass" else hf_prune.PruningTrainingArguments
+    args = arguments("bert", tmp_path, args_class, distillation_weight=1.0, **options)
+    teacher = tiny_model("bert", seed=5)
+    trainer = cls(model, args, train_dataset=examples("bert"), teacher_model=teacher, callbacks=callbacks)
+    student, batch = copy.deepcopy(model).eval(), {k: v[None] for k, v in examples("bert")[0].items()}
+    trainer.train()
+    distance = hf_prune.trainers.distillation_loss
+    assert distance(logits(model, batch), logits(teacher, batch)) != distance(
+        logits(student, batch), logits(teacher, batch)
+    )
+    trainer.save_model()
+    loaded = type(model).from_pretrained(tmp_path)
+    if method != "pass":  # what is zero stays zero on the disk
+        weight = loaded.get_parameter("bert.encoder.layer.0.output.dense.weight")
+        assert (weight == 0).float().mean() == pytest.approx(0.5, abs=1e-3)
+    assert hf_prune.PruningReport.load(tmp_path).config["distillation_weight"] == 1.0
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "bart"])

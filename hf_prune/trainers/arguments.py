@@ -47,8 +47,10 @@ class PassOptions:
     Args:
         num_heads (`int`): How many heads to keep, over all layers. Under grouped-query attention KV groups are
             counted.
-        gate_learning_rate (`float`, *optional*, defaults to 0.5): Learning rate of the gates. It follows the schedule
-            of the weights'.
+        gate_learning_rate (`float`, *optional*): Learning rate of the gates. It follows the schedule of the weights'.
+            Defaults to 0.5 as in the paper; in runs of less than 10,000 steps to 8 / `lambda_steps` if that is less:
+            fast enough to decide the gates and no faster, for at 0.5 noise alone decides them in some fifty steps,
+            long before the task has shown which heads it needs.
         train_weights (`bool`, *optional*, defaults to `True`): Train the weights together with the gates, or the gates
             alone.
         concentrate (`bool`, *optional*, defaults to `False`): Prefer to empty whole attention modules (PASSCONC).
@@ -59,15 +61,21 @@ class PassOptions:
             at `lambda_base` and grows by the factor `lambda_growth` in `lambda_steps` steps, until `num_heads` gates
             are open and all others closed. The values are for mean losses.
         lambda_steps (`int`, *optional*): See above. Clipping, reopening and concentration happen at 2 to 5 times as
-            many steps; without reopening concentration begins at once as many. Defaults to 1000 as in the paper, to a
-            tenth of the run where that is less than 10,000 steps long.
+            many steps; without reopening concentration begins at once as many, and its weight is chosen anew at each
+            step, so that it empties one module after the other. Defaults to 1000 as in the paper, to a tenth of the
+            run where that is less than 10,000 steps long.
 
     Raises:
         ConfigError: An option is out of range.
     """
 
     num_heads: int | None = field(default=None, metadata={"help": "How many heads to keep, over all layers."})
-    gate_learning_rate: float = field(default=0.5, metadata={"help": "Learning rate of the gates."})
+    gate_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Learning rate of the gates. Default: 0.5, or 8 / lambda_steps in a run of less than 10,000 steps."
+        },
+    )
     train_weights: bool = field(
         default=True, metadata={"help": "Train the weights together with the gates, or the gates alone."}
     )
@@ -100,7 +108,8 @@ class PassOptions:
             if value is not None and (type(value) is not int or value < 1):
                 raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
         for name in ("gate_learning_rate", "lambda_base", "lambda_growth"):
-            _check_positive(self, name)
+            if getattr(self, name) is not None:
+                _check_positive(self, name)
         if self.lambda_growth <= 1:
             raise ConfigError(f"lambda_growth must be more than 1, got {self.lambda_growth!r}.")
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel, Trainer
 
 from ..errors import ConfigError
 
@@ -70,3 +71,50 @@ def counted_positions(inputs: dict[str, torch.Tensor], logits: torch.Tensor, shi
     if shifted:
         labels = F.pad(labels[..., 1:], (0, 1), value=-100)
     return labels != -100
+
+
+class DistillingTrainer(Trainer):  # type: ignore[misc]  # transformers is not type-checked here
+    """A `Trainer` whose model also learns from a teacher, once it has one.
+
+    Its args are [`PruningTrainingArguments`], without a teacher any.
+    """
+
+    teacher_model: Any = None
+
+    def learn_from(self, teacher_model: PreTrainedModel) -> None:
+        """Let the model learn the logits of `teacher_model`, with `args.distillation_weight`."""
+        self.teacher_model = teacher_model.to(self.args.device).eval().requires_grad_(False)
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.teacher_model is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        given = dict(inputs)  # label smoothing takes the labels out
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            taught = self.teacher_model(**given)
+        distance = self.distance(given, outputs, taught, self.args.distillation_temperature, num_items_in_batch)
+        loss = (1 - self.args.distillation_weight) * loss + self.args.distillation_weight * distance
+        return (loss, outputs) if return_outputs else loss
+
+    def distance(
+        self, inputs: dict[str, Any], outputs: Any, taught: Any, temperature: float, num_items_in_batch: Any
+    ) -> torch.Tensor:
+        """[`distillation_loss`] of all logits, over the positions and items that the task's loss counts.
+
+        Args:
+            inputs (`dict`): What the model was called with, labels included.
+            outputs, taught (`ModelOutput`): What the model and its teacher returned.
+            temperature (`float`): See [`distillation_loss`].
+            num_items_in_batch (*optional*): What the `Trainer` hands to `compute_loss`.
+        """
+        # As the task's loss: over all items of the step where the Trainer counts them, else a mean of this batch.
+        items = num_items_in_batch if self.model_accepts_loss_kwargs or self.compute_loss_func is not None else None
+        if items is not None and self.args.average_tokens_across_devices:
+            items = items / self.accelerator.num_processes
+        losses = []
+        for name in logits_of(outputs):
+            keep = counted_positions(inputs, outputs[name], self._loss_shifts_labels)
+            losses.append(distillation_loss(outputs[name], taught[name], temperature, keep, items))
+        return torch.stack(losses).mean()

@@ -42,6 +42,7 @@ from .pruning import PruningTrainer
 
 logger = logging.get_logger(__name__)
 _LONG_RUN = 10_000
+_TRAVEL = 8.0  # that φ may go in lambda_steps of a shorter run
 _REOPEN = 1 << 20  # tells the seeds of reopening from those of the gates' noise
 
 
@@ -49,7 +50,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
     """PASS in any `Trainer`. When training ends the model is masked, and exactly `num_heads` heads are left.
 
     The gates are added when the `Trainer` is made, and trained by an Adam of their own, without weight decay: whatever
-    optimizer trains the weights, φ keeps its learning rate. The penalty depends on the gates alone: its gradient
+    optimizer trains the weights, also one that you pass and that knows no gates, φ has its own learning rate and
+    follows the schedule of the optimizer's first group. The penalty depends on the gates alone: its gradient
     is added to theirs once per step, so that the loss in the logs is that of the task. Logs also show `pass_lambda`,
     `pass_lambda_conc`, `heads_open`, `heads_closed`, `heads_undecided` and `heads_expected`, the expected number of
     gates that are not 0. With TensorBoard a heat map (modules x heads) shows the gates.
@@ -65,7 +67,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
 
     Raises:
         ConfigError: An option is out of range; the model has gates already; it is sharded (FSDP, DeepSpeed), or
-            trained in fp16. When training begins: the run resumes from a checkpoint without gates.
+            trained in fp16. When training begins: the run resumes from a checkpoint without gates; the optimizer's
+            first learning rate is not positive.
         UnsupportedModelError: The model has no heads that can be pruned.
 
     Examples:
@@ -83,7 +86,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.inputs: list[dict[str, Any]] | None = None
         self.frozen: list[torch.nn.Parameter] = []
         self.writer: Any = None
-        self.steps, self.part = 1, 0
+        self.steps, self.part, self.rate, self.full_rate = 1, 0, 0.0, 1.0
         self.reopen = self.saturated = False
         self._reset()
 
@@ -129,7 +132,9 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
                 model.enable_input_require_grads()
         self._show_mask(gates)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         self.gates = HeadGates(model)
         if not self.gates.groups:
             raise ConfigError(
@@ -137,6 +142,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
                 "Make a new Trainer; with model_init use a PassTrainer."
             )
         self.gates.check(self.options.num_heads or 0)
+        self.full_rate = _full_rate(optimizer)
         self.gradient = self.inputs = None
         self._reset()
         if state.global_step:
@@ -145,9 +151,12 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
             self.moments = torch.tensor(self.moments, dtype=torch.float64)
         run = state.max_steps
         self.steps = self.options.lambda_steps or (1000 if run >= _LONG_RUN else max(run // 10, 1))
+        self.rate = self.options.gate_learning_rate or (0.5 if run >= _LONG_RUN else min(0.5, _TRAVEL / self.steps))
         self.reopen = run >= _LONG_RUN if self.options.reopen is None else self.options.reopen
         # Without reopening the gates are decided at 2: from there on nothing would be left to concentrate.
         self.events = {self.steps * i for i in range(2 if self.reopen else 1, 5) if self.steps * i <= run // 2}
+        # Where no head comes back, one module after the other may be emptied, but not several by one and the same λc.
+        self.weighed = self.events if self.reopen else range(self.steps, min(5 * self.steps, run // 2 + 1))
         if self.reopen:
             head_confidence(model, self.gates, [example_inputs(model, batch_size=1, sequence_length=8)])
         self._show_mask(self.gates)
@@ -181,8 +190,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.gradient = None
 
         # Adam, without weight decay.
-        group = optimizer.param_groups[0]
-        rate = self.options.gate_learning_rate * group["lr"] / group.get("initial_lr", args.learning_rate)
+        rate = self.rate * optimizer.param_groups[0]["lr"] / self.full_rate
         self.updates += 1
         mean, square = self.moments
         mean.lerp_(gradient, 1 - 0.9)
@@ -211,9 +219,9 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
                 phi[back] = DECIDED
                 self.moments[:, back] = 0
                 self.inputs = None
-            if self.options.concentrate:
-                self.conc_weight = concentration_weight(phi, self.gates.module)
             self.gates.phi = phi
+        if self.options.concentrate and step in self.weighed:
+            self.conc_weight = concentration_weight(phi, self.gates.module)
         closed, opened = _count(phi)
         if closed >= len(phi) - kept or step >= 5 * self.steps:
             self.conc_weight = 0.0
@@ -287,6 +295,18 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
 def _count(phi: torch.Tensor) -> tuple[int, int]:
     """How many gates are closed, and how many open."""
     return int((phi <= -DECIDED).sum()), int((phi >= DECIDED).sum())
+
+
+def _full_rate(optimizer: Any) -> float:
+    """The learning rate of the weights before the schedule: the gates follow what the schedule makes of it."""
+    group = optimizer.param_groups[0]
+    rate = group.get("initial_lr", group["lr"])
+    if not isinstance(rate, int | float | torch.Tensor) or not rate > 0:
+        raise ConfigError(
+            f"The gates follow the schedule of the optimizer's first group of parameters, whose learning rate is "
+            f"{rate!r}: it must be positive."
+        )
+    return float(rate)
 
 
 def _saved_state(callback: PassCallback, state: TrainerState) -> dict[str, Any]:

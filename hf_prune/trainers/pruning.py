@@ -5,8 +5,7 @@ import os
 from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
-import torch
-from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
+from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
@@ -22,7 +21,7 @@ from ..report import PruningReport, unit_rows
 from ..surgery import shrunk_copy
 from ..units import prunable_units
 from .arguments import PruningTrainingArguments, check_whole_model
-from .distillation import counted_positions, distillation_loss, logits_of
+from .distillation import DistillingTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -54,7 +53,7 @@ _METADATA = {
 }
 
 
-class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type-checked here
+class PruningTrainer(DistillingTrainer):
     """A `Trainer` whose model carries a mask, and whose [`~PruningTrainer.save_model`] saves the shrunk model.
 
     By itself it recovers a pruned model: train what [`prune`] masked, with or without distillation, then save. Masked
@@ -103,13 +102,14 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         self.metrics: dict[str, dict[str, float]] = {}
         self.card_metadata: dict[str, Any] = {}
         if self.args.eval_strategy != "no":
-            self.callback_handler.callbacks.insert(0, _BeforeAndAfter(self))
-        self.teacher_model: Any = teacher_model
+            # Trackers log these evaluations too: they are ready by then, and not yet closed.
+            self.callback_handler.callbacks.append(_Before(self))
+            self.callback_handler.callbacks.insert(0, _After(self))
         if self.args.distillation_weight:
             if teacher_model is None:
-                self.teacher_model = copy.deepcopy(self.model)
-                remove_mask(self.teacher_model)
-            self.teacher_model.to(self.args.device).eval().requires_grad_(False)
+                teacher_model = copy.deepcopy(self.model)
+                remove_mask(teacher_model)
+            self.learn_from(teacher_model)
         elif teacher_model is not None:
             raise ConfigError("A teacher_model needs a distillation_weight above 0 in the arguments.")
 
@@ -133,43 +133,6 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         if self.model is not None:  # as between the trials of a search
             self.model.__dict__.pop("_is_accelerate_prepared", None)
         return super().train(*args, **kwargs)
-
-    # The loss
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        weight = self.args.distillation_weight
-        if not weight or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        given = dict(inputs)  # label smoothing takes the labels out
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        with torch.no_grad():
-            taught = self.teacher_model(**given)
-        distance = self.distance(given, outputs, taught, self.args.distillation_temperature, num_items_in_batch)
-        loss = (1 - weight) * loss + weight * distance
-        return (loss, outputs) if return_outputs else loss
-
-    def distance(
-        self, inputs: dict[str, Any], outputs: Any, taught: Any, temperature: float, num_items_in_batch: Any
-    ) -> torch.Tensor:
-        """[`distillation_loss`] of all logits, over the positions and items that the task's loss counts.
-
-        Args:
-            inputs (`dict`): What the model was called with, labels included.
-            outputs, taught (`ModelOutput`): What the model and its teacher returned.
-            temperature (`float`): See [`distillation_loss`].
-            num_items_in_batch (*optional*): What the `Trainer` hands to `compute_loss`.
-        """
-        # As the task's loss: over all items of the step where the Trainer counts them, else a mean of this batch.
-        items = num_items_in_batch if self.model_accepts_loss_kwargs or self.compute_loss_func is not None else None
-        if items is not None and self.args.average_tokens_across_devices:
-            items = items / self.accelerator.num_processes
-        losses = []
-        for name in logits_of(outputs):
-            keep = counted_positions(inputs, outputs[name], self._loss_shifts_labels)
-            losses.append(distillation_loss(outputs[name], taught[name], temperature, keep, items))
-        return torch.stack(losses).mean()
 
     # Saving
 
@@ -319,8 +282,8 @@ class PruningTrainer(Trainer):  # type: ignore[misc]  # transformers is not type
         return {"steps": self.state.global_step, "metrics": self.metrics}
 
 
-class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]
-    """Evaluates the dense model when training begins, and what is left of it when it ends."""
+class _Before(TrainerCallback):  # type: ignore[misc]
+    """Evaluates the dense model when training begins."""
 
     def __init__(self, trainer: PruningTrainer) -> None:
         self.trainer = trainer
@@ -330,6 +293,13 @@ class _BeforeAndAfter(TrainerCallback):  # type: ignore[misc]
             with without_mask(self.trainer.model):
                 metrics = self.trainer.evaluate(metric_key_prefix="dense")
             self.trainer.metrics["before"] = _quality(metrics, "dense_")
+
+
+class _After(TrainerCallback):  # type: ignore[misc]
+    """Evaluates what is left of the model when training ends."""
+
+    def __init__(self, trainer: PruningTrainer) -> None:
+        self.trainer = trainer
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.metrics["after"] = _quality(self.trainer.evaluate(), "eval_")
