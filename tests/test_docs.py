@@ -15,6 +15,7 @@ from tiny import tiny_model
 
 import hf_prune
 from hf_prune import cli
+from hf_prune.methods import get_pruner
 
 DOCS = ROOT / "docs"
 
@@ -68,6 +69,12 @@ def test_the_reference_is_complete():
     listed = set(re.findall(r"^::: hf_prune\.(\w+)$", "\n".join(p.read_text() for p in DOCS.glob("api/*.md")), re.M))
     listed |= set(re.findall(r"`(AutoPrunableModelFor\w+)`", (DOCS / "api" / "pruning.md").read_text()))
     assert set(hf_prune.__all__) - listed == set()
+
+
+def test_every_method_has_a_guide():
+    guides = "\n".join(page.read_text() for page in DOCS.glob("guides/*.md"))
+    configs = [get_pruner(name).config_class.__name__ for name in hf_prune.known_pruners()]
+    assert [name for name in configs if name not in guides] == []
 
 
 def parameters(function):
