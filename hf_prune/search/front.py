@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -18,6 +18,7 @@ from ..report import PruningReport, unit_rows
 from ..selection import resolve_budget
 from ..surgery import shrunk_copy
 from ..units import KINDS, prunable_units
+from .spaces import PAPER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -211,6 +212,7 @@ class ParetoFront(Sequence[SubNetwork]):
             sequence_lengths=self.lengths,
             units=unit_rows(units, self._mask(index)),
             facts={"error": point.error, "evaluated": len(self.evaluated)},
+            papers=[asdict(PAPER)],
         )
 
     def save_models(

@@ -28,9 +28,16 @@ from ..architectures import AttentionSpec
 from ..costs import CostTable
 from ..errors import ConfigError, unknown
 from ..masks import PruningMask
+from ..methods import Paper
 from ..selection import check_floor, resolve_budget
 from ..units import UnitGroup, prunable_units
 
+PAPER = Paper(
+    "Structural Pruning of Pre-trained Language Models via Neural Architecture Search",
+    "TMLR 2024",
+    "2405.02267",
+    "Aaron Klein and Jacek Golebiowski and Xingchen Ma and Valerio Perrone and Cedric Archambeau",
+)
 Member = dict[str, int]
 _LISTED = 1_000_000  # members that a space will list
 _HALVINGS = 24

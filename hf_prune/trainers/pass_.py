@@ -394,7 +394,7 @@ class PassTrainer(PruningTrainer):
 
     paper = Paper(
         "PASS: Pruning Attention Heads with Almost-sure Sparsity Targets",
-        "TMLR",
+        "TMLR 2024",
         "",
         "Dujian Ding and Ganesh Jawahar and Laks V. S. Lakshmanan",
         "https://openreview.net/forum?id=S4duStTKGL",

@@ -13,8 +13,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer
 
 from ..errors import ConfigError
 from ..gates import current_mask
-from ..methods import Paper
-from ..search.spaces import Member, SearchSpace, search_space
+from ..search.spaces import PAPER, Member, SearchSpace, search_space
 from ..slicing import subnetwork
 from ..units import prunable_units
 from .arguments import SuperNetTrainingArguments
@@ -100,12 +99,7 @@ class SuperNetTrainer(PruningTrainer):
         ```
     """
 
-    paper = Paper(
-        "Structural Pruning of Pre-trained Language Models via Neural Architecture Search",
-        "TMLR 2024",
-        "",
-        "Aaron Klein and Jacek Golebiowski and Xingchen Ma and Valerio Perrone and Cedric Archambeau",
-    )
+    paper = PAPER
 
     def __init__(self, *args: Any, space: SearchSpace | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
