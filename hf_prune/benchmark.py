@@ -15,9 +15,9 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 
 from .costs import model_costs
-from .errors import ConfigError, PruningError
+from .errors import ConfigError, PruningError, check_whole
 from .export import measure_onnx_latency
-from .timing import DEFAULT_LENGTH, Latency, at_least_one, example_inputs, measure_latency
+from .timing import DEFAULT_LENGTH, Latency, example_inputs, measure_latency
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def peak_memory(
         ConfigError: There is no such checkpoint, or a number is out of range.
         PruningError: The fresh process failed; its own words are in the message.
     """
-    at_least_one(batch_size=batch_size, sequence_length=sequence_length)
+    check_whole(1, batch_size=batch_size, sequence_length=sequence_length)
     _architecture(_checkpoint(checkpoint))
     code = "import sys; from hf_prune.benchmark import _print_peak; _print_peak(*sys.argv[1:])"
     arguments = [str(checkpoint), str(batch_size), str(sequence_length), device or _default_device()]
@@ -165,7 +165,7 @@ def compare(
         >>> print(comparison_table(rows))
         ```
     """
-    at_least_one(checkpoints=len(checkpoints), batch_sizes=min(batch_sizes, default=0), repeats=repeats)
+    check_whole(1, checkpoints=len(checkpoints), batch_sizes=min(batch_sizes, default=0), repeats=repeats)
     scores = scores or {}
     if not scores.keys() <= checkpoints.keys():
         extra = sorted(scores.keys() - checkpoints.keys())
@@ -199,7 +199,7 @@ def comparison_table(rows: Sequence[Measurement]) -> str:
 
     Scores are compared by their difference, everything else by its ratio (×).
     """
-    at_least_one(rows=len(rows))
+    check_whole(1, rows=len(rows))
     first, *others = rows
     lines = [
         ["", *(row.name for row in rows), *(f"{row.name} vs {first.name}" for row in others)],

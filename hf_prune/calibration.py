@@ -10,7 +10,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
 from typing import Any, Protocol, TypeVar
 
@@ -21,9 +21,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from .batches import Batch, read_batches, update_digest
-from .errors import CalibrationError, ConfigError
+from .errors import CalibrationError, check_whole
 from .gates import LayerCalls, Observer, grad_inputs, observe, record_calls
 from .offload import execution_device
+from .timing import evaluating
 from .units import UnitGroup, base_model, prunable_units
 
 
@@ -48,19 +49,6 @@ def from_main_process(compute: Callable[[], T]) -> T:
         raise outcome[0]
     result: T = outcome[0]
     return result
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Within the context a model runs without gradients and dropout; its training mode is restored."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 class Sums(Protocol):
@@ -192,8 +180,8 @@ class Calibrator:
         labels: bool = False,
     ) -> None:
         for name, value in (("max_samples", max_samples), ("batch_size", batch_size), ("max_length", max_length)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if value is not None:
+                check_whole(1, **{name: value})
         self.model, self.labels, self._source = model, labels, data_source(data)
         self.units = prunable_units(model)
         self._accepted = set(inspect.signature(model.forward).parameters)

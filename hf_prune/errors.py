@@ -13,6 +13,7 @@ PruningError
 """
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
@@ -46,6 +47,28 @@ class LayoutError(PruningError, ValueError):
 
 class SaveError(PruningError, OSError):
     """A checkpoint could not be written, or did not reload to the same function."""
+
+
+def check_whole(least: int, /, **numbers: object) -> None:
+    """Raise unless all numbers are whole and at least `least`.
+
+    Raises:
+        ConfigError: One is not; it is named as the argument.
+    """
+    for name, number in numbers.items():
+        if type(number) is not int or number < least:
+            raise ConfigError(f"{name} must be a whole number of at least {least}, got {number!r}.")
+
+
+def check_positive(**numbers: object) -> None:
+    """Raise unless all numbers are positive and finite.
+
+    Raises:
+        ConfigError: One is not; it is named as the argument.
+    """
+    for name, number in numbers.items():
+        if not isinstance(number, int | float) or isinstance(number, bool) or not 0 < number < math.inf:
+            raise ConfigError(f"{name} must be a positive number, got {number!r}.")
 
 
 def unknown(what: str, given: object, known: Iterable[str], then: str = "") -> str:

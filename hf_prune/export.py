@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .errors import ConfigError, PruningError, unknown
+from .errors import ConfigError, PruningError, check_whole, unknown
 from .gates import current_mask
-from .timing import DEFAULT_LENGTH, Latency, at_least_one, evaluating, example_inputs, in_turns
+from .timing import DEFAULT_LENGTH, Latency, evaluating, example_inputs, in_turns
 
 FORMATS = {"onnx": "model.onnx", "torch": "model.pt2"}
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "torch": ()}
@@ -101,7 +101,7 @@ def measure_onnx_latency(
     """
     threads = torch.get_num_threads() if threads is None else threads
     sizes = {"batch_sizes": min(batch_sizes, default=0), "repeats": repeats, "threads": threads}
-    at_least_one(models=len(models), **sizes)
+    check_whole(1, models=len(models), **sizes)
     exported = {name: _exported(model, "onnx") for name, model in models.items()}
     from onnxruntime import SessionOptions
 
@@ -146,7 +146,7 @@ def _exported(model: PreTrainedModel, format: str) -> Any:
     inputs = _inputs(model, *_TRACED)
     shapes = {name: {axis: torch.export.Dim.AUTO for axis in _dynamic(x)} for name, x in inputs.items()}
     exporter, config = (OnnxExporter, OnnxConfig) if format == "onnx" else (DynamoExporter, DynamoConfig)
-    with evaluating([model]), torch.no_grad():
+    with evaluating(model):
         try:
             with _quiet():
                 exported = exporter().export(

@@ -315,7 +315,7 @@ def _measure(
 ) -> LatencyTable:
     base = base_model(model)
     multiple = 32 if model.device.type == "cpu" else 64
-    with evaluating([model]):
+    with evaluating(model):
         classes = _equal_layers(base, units)
         copies = [_cut_copies(base, units, places[0], multiple) for places in classes]
         total, rest, times = _interleave(model, inputs, classes, copies)

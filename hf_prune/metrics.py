@@ -21,6 +21,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from .errors import CalibrationError, ConfigError, UnsupportedModelError, unknown
 from .offload import execution_device
+from .timing import evaluating
 
 
 class _Metric(evaluate.Metric):  # type: ignore[misc]  # evaluate has no types
@@ -152,15 +153,11 @@ def perplexity(
     ids = torch.tensor(tokenizer(_joined(texts), verbose=False)["input_ids"][:max_tokens])
     if len(ids) < 2:
         raise CalibrationError(f"The perplexity of {len(ids)} tokens is undefined: give a text of at least 2 tokens.")
-    training, total = model.training, 0.0
-    model.eval()
-    try:
+    total = 0.0
+    with evaluating(model):
         for part, new in _windows(ids.to(execution_device(model)), window, stride):
-            with torch.no_grad():
-                logits = model(input_ids=part[None], use_cache=False).logits[0, -new - 1 : -1]
+            logits = model(input_ids=part[None], use_cache=False).logits[0, -new - 1 : -1]
             total += F.cross_entropy(logits.float(), part[-new:].to(logits.device), reduction="sum").item()
-    finally:
-        model.train(training)
     counted = sum(new for _, new in _windows(ids, window, stride))
     return math.exp(total / counted)
 
@@ -231,12 +228,9 @@ def lm_eval(
     for task in tasks:
         if task not in manager.all_tasks:
             raise ConfigError(unknown("task", task, manager.all_tasks)[:300])
-    training = model.training
-    try:
+    with evaluating(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         found = simple_evaluate(wrapped, tasks=tasks, task_manager=manager, log_samples=False, **options)
-    finally:
-        model.train(training)
     return {
         task: {name.removesuffix(",none"): value for name, value in row.items() if isinstance(value, float)}
         for task, row in found["results"].items()

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from .errors import UnsupportedModelError
 from .hub import push_to_hub, save_pretrained
 from .masks import PruningMask
-from .methods import PruningConfig
+from .methods import MethodConfig
 from .pruning import PruningResult, prune
 from .surgery import shrink
 from .units import refuse_unprunable
@@ -22,7 +22,7 @@ class PruningMixin:
 
     pruning_result: PruningResult | None = None
 
-    def prune(self, config: PruningConfig, data: Any = None, **options: Any) -> PruningResult:
+    def prune(self, config: MethodConfig, data: Any = None, **options: Any) -> PruningResult:
         """Same as [`prune`] on this model."""
         self.pruning_result = prune(cast(PreTrainedModel, self), config, data, **options)
         return self.pruning_result

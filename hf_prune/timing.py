@@ -3,7 +3,7 @@
 import inspect
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ import transformers
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .errors import ConfigError
+from .errors import ConfigError, check_whole
 from .offload import execution_device
 
 DEFAULT_LENGTH = 128
@@ -68,7 +68,7 @@ def example_inputs(
         ConfigError: A size is out of range, or the model takes another kind of input.
     """
     target_length = sequence_length if target_length is None else target_length
-    at_least_one(batch_size=batch_size, sequence_length=sequence_length, target_length=target_length)
+    check_whole(1, batch_size=batch_size, sequence_length=sequence_length, target_length=target_length)
     config, generator = model.config, torch.Generator().manual_seed(seed)
     inputs = {}
     if model.main_input_name == "input_ids":
@@ -151,7 +151,7 @@ def measure_latency(
         True
         ```
     """
-    at_least_one(models=len(models), repeats=repeats, **({} if threads is None else {"threads": threads}))
+    check_whole(1, models=len(models), repeats=repeats, **({} if threads is None else {"threads": threads}))
     if warmup < 0:
         raise ConfigError(f"warmup must be at least 0, got {warmup}.")
     threads = threads or torch.get_num_threads()
@@ -162,7 +162,7 @@ def measure_latency(
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        with evaluating(models.values()), torch.inference_mode():
+        with evaluating(*models.values()), torch.inference_mode():
             times = in_turns(calls, f"Latency, batch {batch_size}", repeats=repeats, warmup=warmup, seed=seed)
     finally:
         torch.set_num_threads(before)
@@ -206,24 +206,14 @@ def in_turns(
 
 
 @contextmanager
-def evaluating(models: Iterable[PreTrainedModel]) -> Iterator[None]:
-    """Within the context, models are in evaluation mode."""
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Within the context models run without gradients and dropout; the training mode of each module is restored."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         for module in modes:
             module.training = False
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
-
-
-def at_least_one(**numbers: int) -> None:
-    """Raise unless all numbers are at least 1.
-
-    Raises:
-        ConfigError: One is not; it is named as the argument.
-    """
-    for name, number in numbers.items():
-        if number < 1:
-            raise ConfigError(f"{name} must be at least 1, got {number}.")

@@ -103,7 +103,7 @@ class TestMeasureLatency:
             measure_latency({"a": bert()}, **{"batch_size": 1, "sequence_length": 4, **wrong})
 
     def test_no_model_is_refused(self):
-        with pytest.raises(ConfigError, match="models must be at least 1"):
+        with pytest.raises(ConfigError, match="models must be a whole number of at least 1"):
             measure_latency({})
 
 
@@ -151,7 +151,7 @@ class TestPeakMemory:
             peak_memory(checkpoints["dense"], 1, 1000)
 
     def test_wrong_arguments_are_refused(self, checkpoints, tmp_path):
-        with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
+        with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1, got 0"):
             peak_memory(checkpoints["dense"], 0)
         with pytest.raises(ConfigError, match="has no config.json"):
             peak_memory(tmp_path)
@@ -195,9 +195,9 @@ class TestCompare:
         assert data[1]["latency"][1]["sequence_length"] == 8
 
     def test_wrong_arguments_are_refused(self, checkpoints, tmp_path):
-        with pytest.raises(ConfigError, match="checkpoints must be at least 1"):
+        with pytest.raises(ConfigError, match="checkpoints must be a whole number of at least 1"):
             compare({})
-        with pytest.raises(ConfigError, match="batch_sizes must be at least 1, got 0"):
+        with pytest.raises(ConfigError, match="batch_sizes must be a whole number of at least 1, got 0"):
             compare(checkpoints, batch_sizes=(4, 0))
         with pytest.raises(ConfigError, match=r"scores are given for \['prunde'\]"):
             compare(checkpoints, scores={"prunde": {}})

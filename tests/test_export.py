@@ -205,7 +205,7 @@ class TestLatency:
 
     @pytest.mark.parametrize("wrong", [{"threads": 0}, {"repeats": 0}, {"batch_sizes": ()}, {"models": {}}])
     def test_bad_numbers(self, graphs, wrong):
-        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be at least 1"):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be a whole number of at least 1"):
             export.measure_onnx_latency(**{"models": {"a": tiny_model("bert")}, "sequence_length": 8, **wrong})
 
     def test_in_the_benchmark(self, graphs, tmp_path, monkeypatch):

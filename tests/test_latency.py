@@ -112,7 +112,7 @@ def test_what_can_not_be_measured_is_said(random_mask):
     hf_prune.apply_mask(model, random_mask(hf_prune.prunable_units(model)))
     with pytest.raises(ConfigError, match="carries a mask"):
         latency_table(model)
-    with pytest.raises(ConfigError, match="batch_size must be at least 1"):
+    with pytest.raises(ConfigError, match="batch_size must be a whole number of at least 1"):
         latency_table(tiny_model("bert"), batch_size=0)
     with pytest.raises(ConfigError, match="64 positions has no room for sequence_length=128"):
         latency_table(tiny_model("bert"))

@@ -41,7 +41,7 @@ from ..layout import KEY, disable, enable
 from ..masks import PruningMask
 from ..offload import execution_device
 from ..report import PruningReport
-from ..timing import example_inputs
+from ..timing import evaluating, example_inputs
 from ..units import PrunableUnits, forget_gguf, prunable_units, site
 from ..weight_masks import WeightMask
 from .card import CARD_FILE, PICTURE_FILE, is_ours, origin, write_card
@@ -327,14 +327,8 @@ def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            outputs = model(**inputs)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model):
+        outputs = model(**inputs)
     values = outputs if isinstance(outputs, tuple) else outputs.values()
     first: torch.Tensor = next(value for value in values if isinstance(value, torch.Tensor))
     return first

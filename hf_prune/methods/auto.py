@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import Calibrator
 from ..divergence import divergence, predictions
-from ..errors import ConfigError, PruningError
+from ..errors import ConfigError, PruningError, check_whole
 from ..gates import apply_mask, current_mask, remove_mask
 from ..masks import PruningMask
 from ..units import PrunableUnits, site
@@ -40,8 +40,7 @@ class AutoPruningConfig(RecoverableConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.held_out) is not int or self.held_out < 2:
-            raise ConfigError(f"held_out must be a whole number of at least 2, got {self.held_out!r}.")
+        check_whole(2, held_out=self.held_out)
         if isinstance(self.candidates, str | Mapping) or not self.candidates:
             raise ConfigError(f"candidates must be a tuple of methods, got {self.candidates!r}.")
         self.candidates = tuple(self.candidates)

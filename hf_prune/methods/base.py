@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..calibration import Calibrator, Moments, from_main_process
 from ..costs import CostTable
 from ..depth import drop_layers
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, check_positive, check_whole, unknown
 from ..gates import LayerCalls, apply_mask, current_mask, remove_mask, without_mask
 from ..latency import latency_table, measure_pruned
 from ..masks import PruningMask
@@ -70,9 +70,7 @@ class MethodConfig:
 
     def check_positive(self, name: str) -> None:
         """Raise unless an option is a positive finite number."""
-        value = getattr(self, name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value <= 0:
-            raise ConfigError(f"{name} must be a positive number, got {value!r}.")
+        check_positive(**{name: getattr(self, name)})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form, with the name of the method."""
@@ -137,12 +135,10 @@ class PruningConfig(MethodConfig):
         super().__post_init__()
         check_budget(self.budget)
         self.check_choice("allocation", ("global", "uniform"))
-        if type(self.drop_layers) is not int or self.drop_layers < 0:
-            raise ConfigError(f"drop_layers must be a whole number of at least 0, got {self.drop_layers!r}.")
-        for name in ("multiple_of", "latency_batch_size"):
-            value = getattr(self, name)
-            if (type(value) is not int or value < 1) and (name, value) != ("multiple_of", None):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        check_whole(0, drop_layers=self.drop_layers)
+        check_whole(1, latency_batch_size=self.latency_batch_size)
+        if self.multiple_of is not None:
+            check_whole(1, multiple_of=self.multiple_of)
         for name in ("sequence_length", "target_length"):
             if getattr(self, name) is not None:
                 self.check_positive(name)

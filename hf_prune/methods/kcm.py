@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration import Calibrator, Moments
-from ..errors import CalibrationError, ConfigError
+from ..errors import CalibrationError, check_whole
 from ..masks import PruningMask
 from ..units import PrunableUnits, output_matrix, site
 from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
@@ -56,8 +56,7 @@ class KCMConfig(RecoverableConfig):
         self.check_positive("alpha")
         if self.sigma != "median":
             self.check_positive("sigma")
-        if type(self.max_iterations) is not int or self.max_iterations < 1:
-            raise ConfigError(f"max_iterations must be a whole number of at least 1, got {self.max_iterations!r}.")
+        check_whole(1, max_iterations=self.max_iterations)
 
 
 def gaussian_kernel(vectors: torch.Tensor, sigma: float | Literal["median"] = 1.0) -> torch.Tensor:

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration import Calibrator
-from ..errors import ConfigError
+from ..errors import check_whole
 from ..masks import PruningMask
 from ..units import PrunableUnits
 from .base import Pruner, PruningConfig, register_pruner
@@ -24,8 +24,7 @@ class RandomConfig(PruningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.seed) is not int or self.seed < 0:
-            raise ConfigError(f"seed must be a whole number of at least 0, got {self.seed!r}.")
+        check_whole(0, seed=self.seed)
 
 
 @register_pruner("random", RandomConfig)

@@ -11,7 +11,7 @@ import torch
 
 from ..blockwise import Matrix
 from ..calibration import Calibrator
-from ..errors import CalibrationError, ConfigError
+from ..errors import CalibrationError, ConfigError, check_whole
 from .base import Paper, register_pruner
 from .weights import Target, WeightPruner, WeightPruningConfig, keep_highest, kth_lowest, pruned_count
 
@@ -35,8 +35,7 @@ class SparseGPTConfig(WeightPruningConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if type(self.block_size) is not int or self.block_size < 1:
-            raise ConfigError(f"block_size must be a whole number of at least 1, got {self.block_size!r}.")
+        check_whole(1, block_size=self.block_size)
         if isinstance(self.target, tuple) and self.block_size % self.target[1]:
             raise ConfigError(f"block_size {self.block_size} is no multiple of the M in pattern={self.pattern!r}.")
         self.check_positive("damping")

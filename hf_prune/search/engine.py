@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..batches import update_digest
-from ..calibration import Calibrator, evaluating, from_main_process, process_state
+from ..calibration import Calibrator, from_main_process, process_state
 from ..costs import METRICS, CostTable, Metric
-from ..errors import CalibrationError, ConfigError, unknown
+from ..errors import CalibrationError, ConfigError, check_whole, unknown
 from ..gates import current_mask
 from ..latency import latency_table
 from ..masks import PruningMask
 from ..offload import refuse_offloaded
 from ..slicing import subnetwork
-from ..timing import DEFAULT_LENGTH
+from ..timing import DEFAULT_LENGTH, evaluating
 from .evaluation import ComputeMetrics, Evaluator
 from .front import ParetoFront, SubNetwork
 from .spaces import SearchSpace
@@ -165,8 +165,7 @@ class Search:
         num_samples: int,
         options: dict[str, Any],
     ) -> None:
-        if type(num_samples) is not int or num_samples < 1:
-            raise ConfigError(f"num_samples must be a whole number of at least 1, got {num_samples!r}.")
+        check_whole(1, num_samples=num_samples)
         space.mask(space.largest).check(table.units)
         self.space, self.table, self.cost, self.dense = space, table, cost, table.of()
         self.identity, self.num_samples, self.options = identity, num_samples, options

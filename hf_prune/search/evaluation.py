@@ -10,8 +10,9 @@ from accelerate.utils import gather_object
 from transformers import EvalPrediction, PreTrainedModel
 
 from ..batches import Batch
-from ..calibration import Calibrator, evaluating
+from ..calibration import Calibrator
 from ..errors import ConfigError, unknown
+from ..timing import evaluating
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
 LOSSES = ("loss", "perplexity")

@@ -2,11 +2,10 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from ..errors import ConfigError, unknown
+from ..errors import ConfigError, check_positive, check_whole, unknown
 from ..search.spaces import known_spaces
 
 STRATEGIES = ("standard", "random", "linear_random", "sandwich", "kd", "full")
@@ -37,7 +36,7 @@ class PruningTrainingArguments(TrainingArguments):  # type: ignore[misc]  # tran
         super().__post_init__()
         if not 0 <= self.distillation_weight <= 1:
             raise ConfigError(f"distillation_weight must be from 0 to 1, got {self.distillation_weight!r}.")
-        _check_positive(self, "distillation_temperature")
+        check_positive(distillation_temperature=self.distillation_temperature)
 
 
 @dataclass
@@ -105,11 +104,11 @@ class PassOptions:
             raise ConfigError("num_heads is missing: say how many heads to keep, over all layers.")
         for name in ("num_heads", "lambda_steps"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if value is not None:
+                check_whole(1, **{name: value})
         for name in ("gate_learning_rate", "lambda_base", "lambda_growth"):
             if getattr(self, name) is not None:
-                _check_positive(self, name)
+                check_positive(**{name: getattr(self, name)})
         if self.lambda_growth <= 1:
             raise ConfigError(f"lambda_growth must be more than 1, got {self.lambda_growth!r}.")
 
@@ -159,9 +158,8 @@ class SuperNetTrainingArguments(PruningTrainingArguments):
             raise ConfigError(unknown("strategy", self.strategy, STRATEGIES))
         if self.search_space not in known_spaces():
             raise ConfigError(unknown("search space", self.search_space, known_spaces()))
-        if type(self.num_subnetworks) is not int or self.num_subnetworks < 1:
-            raise ConfigError(f"num_subnetworks must be a whole number of at least 1, got {self.num_subnetworks!r}.")
-        _check_positive(self, "temperature")
+        check_whole(1, num_subnetworks=self.num_subnetworks)
+        check_positive(temperature=self.temperature)
 
 
 @dataclass
@@ -192,9 +190,3 @@ def check_whole_model(args: TrainingArguments) -> None:
                 f"{name} splits the model over processes, and it is pruned whole: leave {name} away and let torchrun "
                 "or `accelerate launch --multi_gpu` train a copy in each process."
             )
-
-
-def _check_positive(options: Any, name: str) -> None:
-    value = getattr(options, name)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-        raise ConfigError(f"{name} must be a positive number, got {value!r}.")

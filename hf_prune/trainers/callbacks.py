@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, MaskError, unknown
+from ..errors import ConfigError, MaskError, check_whole, unknown
 from ..gates import masked_columns
 from ..masks import PruningMask
 from ..units import base_model, prunable_units, site
@@ -93,8 +93,8 @@ class GradualSparsityCallback(KeepMaskCallback):
             raise ConfigError(f"sparsity must be between 0 and 1, got {sparsity!r}.")
         if not 0 <= begin < end <= 1:
             raise ConfigError(f"begin and end must be shares of the run, 0 <= begin < end <= 1, got {begin}, {end}.")
-        if every is not None and (type(every) is not int or every < 1):
-            raise ConfigError(f"every must be a whole number of at least 1, got {every!r}.")
+        if every is not None:
+            check_whole(1, every=every)
         self.sparsity, self.begin, self.end, self.every = sparsity, begin, end, every
 
     def sparsity_at(self, progress: float) -> float:
