@@ -120,6 +120,17 @@ def main() -> None:
             compute_metrics=compute_metrics_for(Accuracy()),
         )
         accuracies[name] = tester.evaluate()["eval_accuracy"]
+    report = front.report(chosen, model)
+    report.evaluation = [
+        {
+            "metric": "accuracy",
+            "before": accuracies["super-network"],
+            "after": accuracies["sub-network"],
+            "n": len(data["test"]),
+            "dataset": data_args.dataset or Path(data_args.test_file).name,
+            "split": data_args.test_split if data_args.dataset else None,
+        }
+    ]
     if trainer.is_world_process_zero():
         front.save(output)
         front.plot(output / "front.png")
@@ -128,9 +139,9 @@ def main() -> None:
             output / "model",
             processing_class=tokenizer,
             mask=front[chosen].mask,
-            report=front.report(chosen, model),
+            report=report,
         )
-        print(front, front.report(chosen, model), sep="\n\n")
+        print(front, report, sep="\n\n")
         print(", ".join(f"{name}: accuracy {value:.4f}" for name, value in accuracies.items()))
         print(f"Saved to {output}.")
 

@@ -128,6 +128,7 @@ def main() -> None:
     def quality(model: PreTrainedModel) -> float:
         return perplexity(model, tokenizer, [valid], window=1024, max_tokens=args.eval_tokens)
 
+    source = Path(args.valid).name if args.valid else "editorials of vaderSentiment 3.3.2"
     figures = {"dense": quality(model)}
     calibration = [{"input_ids": window} for window in windows[: args.samples]]
     result = hf_prune.prune(model, config, calibration, batch_size=1)
@@ -135,6 +136,10 @@ def main() -> None:
     if args.recover:
         recover(model, result.mask, windows[args.samples :], args)
         figures["recovered"] = quality(model)
+        result.report.recovery = {"method": "LoRA", "steps": args.recover, "tokens a step": args.length}
+    result.report.evaluation = [
+        {"metric": "perplexity", "before": figures["dense"], "after": list(figures.values())[-1], "dataset": source}
+    ]
     if state.is_main_process:
         hf_prune.save_pretrained(
             model,
