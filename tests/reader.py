@@ -24,7 +24,8 @@ def code_blocks(page: Path, language: str) -> list[str]:
 def commands(page: Path) -> list[str]:
     """The commands in the bash blocks of a page, one a line."""
     lines = "\n".join(code_blocks(page, "bash")).replace("\\\n", " ").splitlines()
-    return [part for line in lines for part in re.split(r" && ", line.partition(" #")[0].strip()) if part]
+    lines = [re.sub(r" > \S+$", "", line.partition(" #")[0].strip()) for line in lines]
+    return [part for line in lines for part in re.split(r" && ", line) if part]
 
 
 def furnish(folder: Path) -> None:

@@ -99,7 +99,7 @@ class TestMeasureLatency:
         "wrong", [{"repeats": 0}, {"warmup": -1}, {"threads": 0}, {"batch_size": 0}, {"sequence_length": 0}]
     )
     def test_numbers_out_of_range_are_refused(self, wrong):
-        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be at least"):
+        with pytest.raises(ConfigError, match=f"{next(iter(wrong))} must be a whole number of at least"):
             measure_latency({"a": bert()}, **{"batch_size": 1, "sequence_length": 4, **wrong})
 
     def test_no_model_is_refused(self):

@@ -423,6 +423,7 @@ class TestPrune:
         assert done == {
             **expected,
             "seconds": done["seconds"],
+            "verified": done["verified"],
             "output": str(tmp_path / "out"),
             "needs_hf_prune": True,
             "standalone": False,

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import transformers
-from test_cli import TEXTS, dense, run, save_tiny  # noqa: F401  # fixtures
+from test_cli import TEXTS, dense, save_tiny  # noqa: F401  # fixtures
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune

@@ -90,6 +90,11 @@ def documented(docstring):
     return [name for head in heads for name in head.split(", ")]
 
 
+def documented_fields(item):
+    """Fields of a dataclass, documented there even where the default is a function."""
+    return [field.name for field in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else []
+
+
 def public_callables():
     """(name, docstring, own parameters, what it may document) of all that is public."""
     for name in hf_prune.__all__:
@@ -98,13 +103,13 @@ def public_callables():
             yield name, inspect.getdoc(item), *parameters(item)
             continue
         if dataclasses.is_dataclass(item):
-            fields = [f.name for f in dataclasses.fields(item)]
+            fields = documented_fields(item)
             yield name, inspect.getdoc(item), [f for f in fields if f in vars(item).get("__annotations__", {})], fields
         elif "__init__" in vars(item):
             yield name, inspect.getdoc(item), *parameters(item.__init__)
         for attribute, value in vars(item).items():
             value = getattr(value, "__func__", value)
-            if attribute.startswith("_") or not hasattr(value, "__get__"):
+            if attribute.startswith("_") or not hasattr(value, "__get__") or attribute in documented_fields(item):
                 continue
             if inspect.isfunction(value) and value.__doc__:
                 yield f"{name}.{attribute}", inspect.getdoc(value), *parameters(value)
