@@ -152,8 +152,7 @@ def measure_latency(
         ```
     """
     check_whole(1, models=len(models), repeats=repeats, **({} if threads is None else {"threads": threads}))
-    if warmup < 0:
-        raise ConfigError(f"warmup must be at least 0, got {warmup}.")
+    check_whole(0, warmup=warmup)
     threads = threads or torch.get_num_threads()
     calls = {
         name: _call(model, example_inputs(model, batch_size, sequence_length, seed, target_length=target_length))
