@@ -158,6 +158,7 @@ class TestWhatAReaderSees:
         model.save_pretrained(tmp_path / "m")
         card = (tmp_path / "m" / "README.md").read_text()
         assert "50.0% of the weights in 21 matrices are zero" in card and "neither smaller nor faster" in card
+        assert "| share of zeros | self\\_attn.q\\_proj |" in card and "| layers.2 |" + " 50.0% |" * 7 in card
         assert "parameters that are not zero" in card and "pruning_layers.png" not in card
         assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
         assert "| transformers alone | yes | when it was saved |" in card

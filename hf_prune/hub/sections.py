@@ -147,7 +147,10 @@ def _by_layer(rows: Sequence[Mapping[str, Any]], cells: Mapping[str, str], what:
 
 
 def _column(row: Mapping[str, Any]) -> str:
-    return str(row["name"]).removeprefix(f"{row['stack']}.").removeprefix(f"{row['layer']}.")
+    """What a row is of its layer. Parameters have names relative to the model, units relative to its base."""
+    name, layer = str(row["name"]).removesuffix(".weight"), f"{row['stack']}.{row['layer']}."
+    before, found, rest = f".{name}".partition(f".{layer}")
+    return rest if found else name
 
 
 def call(report: PruningReport) -> tuple[str, str] | None:
