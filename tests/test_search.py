@@ -229,8 +229,6 @@ class TestErrors:
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_every_family_is_searched(self, family):
-        if family == "whisper":
-            pytest.skip("its processor makes labels, here there are none")
         model = tiny_model(family)
         metric = "loss" if model.can_generate() else "accuracy"
         space = hf_prune.search_space("medium", model)

@@ -46,6 +46,7 @@ class RIAPruner(WeightPruner[RIAConfig]):
         "ICLR 2024",
         "",
         "Yingtao Zhang and Haoli Bai and Haokun Lin and Jialin Zhao and Lu Hou and Carlo Vittorio Cannistraci",
+        "https://openreview.net/forum?id=Tr0lPx9woF",
     )
 
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
