@@ -28,6 +28,7 @@ import transformers
 from transformers.models.bert.modeling_bert import BertAttention
 
 import hf_prune
+from hf_prune.gradients import collect_gradients
 from hf_prune.methods.fisher import FisherBlock
 from hf_prune.timing import example_inputs
 from hf_prune.trainers.head_gates import closed_probability, soft_gates, top_heads
@@ -55,7 +56,7 @@ def fisher(model: transformers.PreTrainedModel, data: list[dict], tokenizer, hea
     groups = units.of_kind("heads")
     calibrator = hf_prune.Calibrator(model, data, processing_class=tokenizer, labels=True)
     blocks = {group.name: FisherBlock(group.size, site(model, group).weight.device) for group in groups}
-    calibrator.collect_gradients(groups, blocks, per_sample=False)
+    collect_gradients(calibrator, groups, blocks, per_sample=False)
     sizes = [group.size for group in groups]
     module = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes))
     keep = top_heads(torch.cat([blocks[group.name].matrix.diagonal() for group in groups]), heads, module)

@@ -1,6 +1,7 @@
 """Calibration data in any form in, padded batches of tensors out."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -178,3 +179,21 @@ class _Reader:
                 [torch.ones_like(item["input_ids"]) for item in items], batch_first=True
             )
         return batch
+
+
+_BUILDERS = ("csv", "json", "text", "parquet", "arrow", "pandas", "generator")  # of files: no names of data
+
+
+def data_source(data: Any) -> dict[str, str]:
+    """Where a `datasets.Dataset` says that it comes from: `dataset`, `config`, `split`, and its `revision` on the
+    Hub, as far as it knows."""
+    info: Any = getattr(data, "info", None)
+    name = getattr(info, "dataset_name", None)
+    if not name or getattr(info, "builder_name", None) in _BUILDERS or name in _BUILDERS:
+        return {}
+    found = {"dataset": name, "config": info.config_name, "split": getattr(data, "split", None)}
+    for url in info.download_checksums or ():
+        hub = re.match(r"hf://datasets/([^@]+)@([^/]+)/", str(url))
+        if hub is not None:
+            found |= {"dataset": hub[1], "revision": hub[2]}
+    return {key: str(value) for key, value in found.items() if value}

@@ -28,10 +28,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .calibration import Calibrator, process_state, select_real
+from .calibration import Calibrator, select_real
 from .errors import CalibrationError, ConfigError, UnsupportedModelError, unknown
 from .gates import observe, replace_layers
 from .offload import execution_device, is_offloaded, resident
+from .processes import process_state
 from .units import PrunableUnits, base_model, features
 from .weight_masks import WeightMask, pack
 

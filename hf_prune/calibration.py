@@ -8,131 +8,24 @@ import copy
 import hashlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate, pairwise
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, reduce, send_to_device
+from accelerate.utils import reduce, send_to_device
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .batches import Batch, read_batches, update_digest
+from .batches import Batch, data_source, read_batches, update_digest
 from .errors import CalibrationError, check_whole
-from .gates import LayerCalls, Observer, grad_inputs, observe, record_calls
+from .gates import LayerCalls, Observer, observe, record_calls
 from .offload import execution_device
+from .processes import process_state
+from .statistics import Comparison, Statistic, Sums
 from .timing import evaluating
-from .units import UnitGroup, base_model, prunable_units
-
-
-def process_state() -> PartialState:
-    """The processes that were launched together. Without an accelerator, Accelerate has to be told of them."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-T = TypeVar("T")
-
-
-def from_main_process(compute: Callable[[], T]) -> T:
-    """What a function returns in the main process, in all processes: each would measure something else."""
-    outcome: list[Any] = [None]
-    if process_state().is_main_process:
-        try:
-            outcome = [compute()]
-        except Exception as error:  # raised below, in all of them: the others are waiting
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    result: T = outcome[0]
-    return result
-
-
-class Sums(Protocol):
-    """Something that adds up over tokens, and so over processes."""
-
-    def sums(self) -> list[torch.Tensor]:
-        """The tensors in which it is kept, reduced over processes in place."""
-
-
-class Statistic(Sums, Protocol):
-    """What a method wants to know about the inputs of one site."""
-
-    def update(self, inputs: torch.Tensor) -> None:
-        """Take the inputs of some real tokens, of shape (tokens, columns)."""
-
-
-class Comparison(Sums, Protocol):
-    """What a method wants to know about the hidden states around one layer."""
-
-    def update(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Take the hidden states of some real tokens before and after the layer, both (tokens, hidden)."""
-
-
-class Moments:
-    """Sums of x, |x| and x² over tokens, per column, in float64.
-
-    Attributes:
-        total, absolute, square (`torch.Tensor`): float64 of shape (columns,).
-        count (`torch.Tensor`): Number of tokens, of shape ().
-    """
-
-    def __init__(self, columns: int, device: torch.device) -> None:
-        self.total, self.absolute, self.square = torch.zeros(3, columns, dtype=torch.float64, device=device).unbind()
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-
-    def update(self, inputs: torch.Tensor) -> None:
-        x = inputs.float()
-        self.total += x.sum(0, dtype=torch.float64)
-        self.absolute += x.abs().sum(0, dtype=torch.float64)
-        self.square += x.square().sum(0, dtype=torch.float64)
-        self.count += len(x)
-
-    def sums(self) -> list[torch.Tensor]:
-        return [self.total, self.absolute, self.square, self.count]
-
-    @property
-    def mean_absolute(self) -> torch.Tensor:
-        """Mean of |x| per column."""
-        return self.absolute / self.count
-
-    @property
-    def mean(self) -> torch.Tensor:
-        """Mean of x per column."""
-        return self.total / self.count
-
-    @property
-    def variance(self) -> torch.Tensor:
-        """Sample variance of x per column."""
-        deviation = self.square - self.total.square() / self.count
-        # The squares of a constant are as far from its mean as float32 rounds them.
-        return torch.where(deviation > 1e-7 * self.square, deviation, 0) / (self.count - 1).clamp_min(1)
-
-    @property
-    def rms(self) -> torch.Tensor:
-        """Root of the mean of x² per column."""
-        return (self.square / self.count).sqrt()
-
-
-_BUILDERS = ("csv", "json", "text", "parquet", "arrow", "pandas", "generator")  # of files: no names of data
-
-
-def data_source(data: Any) -> dict[str, str]:
-    """Where a `datasets.Dataset` says that it comes from: `dataset`, `config`, `split`, and its `revision` on the
-    Hub, as far as it knows."""
-    info: Any = getattr(data, "info", None)
-    name = getattr(info, "dataset_name", None)
-    if not name or getattr(info, "builder_name", None) in _BUILDERS or name in _BUILDERS:
-        return {}
-    found = {"dataset": name, "config": info.config_name, "split": getattr(data, "split", None)}
-    for url in info.download_checksums or ():
-        hub = re.match(r"hf://datasets/([^@]+)@([^/]+)/", str(url))
-        if hub is not None:
-            found |= {"dataset": hub[1], "revision": hub[2]}
-    return {key: str(value) for key, value in found.items() if value}
+from .units import base_model, prunable_units
 
 
 class Calibrator:
@@ -204,7 +97,7 @@ class Calibrator:
         ends = [0, *accumulate(len(next(iter(batch.values()))) for batch in batches)]
         numbers = [list(range(*pair)) for pair in pairwise(ends)]
         self._batches = batches[state.process_index :: state.num_processes]
-        self._numbers = numbers[state.process_index :: state.num_processes]
+        self.examples = numbers[state.process_index :: state.num_processes]
 
     def __len__(self) -> int:
         return self.samples
@@ -226,10 +119,6 @@ class Calibrator:
         quiet = not process_state().is_main_process or None  # None: only where stderr is a terminal
         for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
             yield index, send_to_device(batch, execution_device(self.model))
-
-    def examples(self, index: int) -> list[int]:
-        """The numbers of the examples in a batch of this process, counted over all batches of all processes."""
-        return self._numbers[index]
 
     def split(self, every: int) -> tuple["Calibrator", "Calibrator"]:
         """Two parts of the data: all examples but each `every`-th, and those.
@@ -264,13 +153,13 @@ class Calibrator:
     def _rebatched(self, divide: Callable[[list[int], Batch], list[list[int]]]) -> "Calibrator":
         """A copy in which each batch, with the numbers of its examples, is divided as a function says."""
         other = copy.copy(self)
-        other._batches, other._numbers = [], []
-        for batch, numbers in zip(self._batches, self._numbers, strict=True):
+        other._batches, other.examples = [], []
+        for batch, numbers in zip(self._batches, self.examples, strict=True):
             rows_of = {number: row for row, number in enumerate(numbers)}
             for part in filter(None, divide(numbers, batch)):
                 rows = [rows_of[number] for number in part]
                 other._batches.append({name: value[rows] for name, value in batch.items()})
-                other._numbers.append(part)
+                other.examples.append(part)
         return other
 
     def forward(self, batch: Batch, model: PreTrainedModel | None = None) -> Any:
@@ -330,106 +219,6 @@ class Calibrator:
                     self.forward(batch)
         self.reduce(comparisons)
 
-    def collect_gradients(
-        self,
-        groups: Sequence[UnitGroup],
-        statistics: Mapping[str, Statistic],
-        *,
-        per_sample: bool,
-        description: str = "gradients",
-    ) -> None:
-        """Feed statistics with the gradients of the loss by unit masks of ones, in one forward and backward pass.
-
-        The passes are over parts of the batches: activations are held for a few examples at a time.
-
-        Args:
-            groups (sequence of [`UnitGroup`]): Heads and neurons.
-            statistics (`dict[str, Statistic]`): By name of a group. They get rows of shape (n, units): one a batch, of
-                the mean loss of the batch; or, with `per_sample`, one an example, of its own loss.
-            per_sample (`bool`): See above.
-            description (`str`, *optional*): Of the progress bar.
-
-        Raises:
-            CalibrationError: The model returns no loss, or a gradient is NaN or infinite; the message names the site.
-        """
-        parts, last = self.in_parts(), {numbers[-1] for numbers in self._numbers}
-
-        def loss(index: int, batch: Batch) -> list[torch.Tensor]:
-            value = self.forward(batch).loss
-            if value is None:
-                raise CalibrationError(f"{type(self.model).__name__} returns no loss for these labels.")
-            return [value if self._loss_terms(batch).any() else value.nan_to_num()]  # the mean of nothing
-
-        with self.evaluating():
-            sums, terms = dict.fromkeys(statistics, torch.zeros(())), torch.zeros(())
-            passes = parts.differentiate([g.name for g in groups], loss, description)
-            for index, (batch, inputs, (gradients,)) in enumerate(passes):
-                own = self._loss_terms(batch)
-                ends, terms = parts.examples(index)[-1] in last, terms + own.sum()
-                for group in groups:
-                    columns = mask_gradients(inputs[group.name], gradients[group.name], batch)
-                    rows = columns.reshape(-1, group.size, group.width).sum(2)
-                    # Of the sum of the loss, not of its mean: that of nothing has no gradient.
-                    rows = rows * own.sum() if own.any() else torch.zeros_like(rows)
-                    if per_sample:
-                        statistics[group.name].update(rows / own.clamp_min(1))
-                    else:
-                        sums[group.name] = sums[group.name] + rows.sum(0, keepdim=True)
-                        if ends:
-                            statistics[group.name].update(sums[group.name] / terms)
-                if ends:
-                    sums, terms = dict.fromkeys(statistics, torch.zeros(())), torch.zeros(())
-        self.reduce(statistics)
-
-    def differentiate(
-        self, sites: Sequence[str], losses: Callable[[int, Batch], Sequence[torch.Tensor]], description: str
-    ) -> Iterator[tuple[Batch, dict[str, torch.Tensor], list[dict[str, torch.Tensor]]]]:
-        """For each batch the inputs of sites and the gradients of some losses by them. Parameters get none.
-
-        Args:
-            sites (sequence of `str`): Names of unit groups.
-            losses (`Callable`): Given the index of a batch and the batch, runs the model and returns scalars.
-            description (`str`): Of the progress bar.
-
-        Yields:
-            The batch, for each site its input, and for each loss a gradient for each site.
-
-        Raises:
-            CalibrationError: A loss is NaN or infinite; the message names the first site whose input is.
-        """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        try:
-            for parameter in trained:
-                parameter.requires_grad_(False)
-            for index, batch in self.batches(description):
-                with grad_inputs(base_model(self.model), sites) as inputs, torch.enable_grad():
-                    values = losses(index, batch)
-                    if not all(value.isfinite() for value in values):  # then so is every gradient, at sites below too
-                        raise _not_finite(next((n for n, x in inputs.items() if not x.isfinite().all()), None))
-                    gradients = [
-                        dict(
-                            zip(
-                                inputs,
-                                torch.autograd.grad(v, list(inputs.values()), retain_graph=v is not values[-1]),
-                                strict=True,
-                            )
-                        )
-                        for v in values
-                    ]
-                yield batch, {name: x.detach() for name, x in inputs.items()}, gradients
-        finally:
-            for parameter in trained:
-                parameter.requires_grad_(True)
-
-    def _loss_terms(self, batch: Batch) -> torch.Tensor:
-        """How many terms of the mean loss of a batch are those of each example: float64, (examples, 1)."""
-        labels = batch.get("labels")
-        if labels is None or labels.dim() < 2:
-            return torch.ones(len(next(iter(batch.values()))), 1, dtype=torch.float64, device=self.model.device)
-        if self.model.can_generate() and not self.model.config.is_encoder_decoder:
-            labels = labels[:, 1:]  # each token is predicted from those before it
-        return labels.ne(-100).flatten(1).sum(1, keepdim=True).double()
-
     def reduce(self, statistics: Mapping[str, Sums]) -> None:
         """Sum statistics over the processes, and check them.
 
@@ -440,7 +229,7 @@ class Calibrator:
             for tensor in statistic.sums():
                 tensor.copy_(reduce(tensor, "sum"))
                 if not tensor.isfinite().all():
-                    raise _not_finite(name)
+                    raise not_finite(name)
 
     def evaluating(self) -> AbstractContextManager[None]:
         """Without gradients and dropout; the training mode of the model is restored."""
@@ -556,20 +345,13 @@ class Calibrator:
         self.lengths = lengths[0], (lengths[1] if len(lengths) > 1 else None)
 
 
-def _not_finite(name: str | None) -> CalibrationError:
+def not_finite(name: str | None) -> CalibrationError:
     what = "The predictions or the loss" if name is None else f"The inputs of {name}"
     below = "" if name is None else " below it"
     return CalibrationError(
         f"{what} are NaN or infinite on the calibration data. Check the weights of the layers{below}, and try float32 "
         "if the model runs in half precision."
     )
-
-
-def mask_gradients(inputs: torch.Tensor, gradients: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Gradients by a mask of ones on the columns of a site's input, for each example: float64, (examples, columns)."""
-    samples = len(next(iter(batch.values())))
-    products = (inputs.float() * gradients.float()).reshape(samples, -1, inputs.shape[-1])
-    return products.sum(1).double()
 
 
 def _pair(comparison: Comparison, real: torch.Tensor | None, name: str) -> tuple[Observer, Observer]:

@@ -6,11 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from .calibration import Calibrator, process_state
+from .calibration import Calibrator
 from .errors import CalibrationError, ConfigError, UnsupportedModelError
 from .gates import current_mask
 from .methods import MethodConfig, get_pruner
 from .offload import refuse_offloaded, resident
+from .processes import process_state
 from .report import PruningReport
 from .units import PrunableUnits, base_model, forget_gguf, prunable_units
 

@@ -18,10 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import FeedForwardSpec
-from .calibration import Calibrator, Moments, select_real
+from .calibration import Calibrator, select_real
 from .errors import CalibrationError, ConfigError
 from .gates import LayerCalls, masked_columns, observe, record_calls, resume_at
 from .masks import PruningMask
+from .statistics import Moments
 from .surgery import cut_layer
 from .units import Projection, PrunableUnits, UnitGroup, base_model, features, kept_columns, output_matrix, projection
 

@@ -41,7 +41,7 @@ def test_parts_of_the_data_do_not_depend_on_batches():
     for calibrator in (Calibrator(model, batches), Calibrator(model, rows)):
         fit, held_out = calibrator.split(5)
         assert (len(fit), len(held_out)) == (39, 9)
-        numbers.append([[n for i, _ in part.batches("") for n in part.examples(i)] for part in (fit, held_out)])
+        numbers.append([[n for i, _ in part.batches("") for n in part.examples[i]] for part in (fit, held_out)])
         assert numbers[-1] == [[n for n in range(48) if n % 5 != 4], list(range(4, 48, 5))]
     with pytest.raises(CalibrationError, match="at least 5"):
         Calibrator(model, [tiny_batch("bert", size=4)]).split(5)

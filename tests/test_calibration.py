@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 import hf_prune
 from hf_prune import CalibrationError, Calibrator, ConfigError, KCMConfig
-from hf_prune.calibration import Moments
+from hf_prune.statistics import Moments
 
 SITE = "encoder.layer.1.output.dense"
 
@@ -233,7 +233,7 @@ def test_parts_hold_the_same_examples_in_order(name):
             for key in batches[0]:
                 rows = [torch.cat([batch[key] for _, batch in one.batches("")]) for one in (start, parts)]
                 assert torch.equal(*rows)
-            numbers = [[n for i, _ in one.batches("") for n in one.examples(i)] for one in (start, parts)]
+            numbers = [[n for i, _ in one.batches("") for n in one.examples[i]] for one in (start, parts)]
             assert numbers[0] == numbers[1]
             sizes = [len(next(iter(batch.values()))) for _, batch in parts.batches("")]
             assert max(sizes) == 1 if tokens == 1 else True

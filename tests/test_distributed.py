@@ -18,11 +18,11 @@ from tiny import parameters_as_time, tiny_batch, tiny_model
 from transformers import AutoModelForQuestionAnswering
 
 import hf_prune
-import hf_prune.calibration
+import hf_prune.processes
 import hf_prune.latency
 
 out = Path(sys.argv[1])
-state = hf_prune.calibration.process_state()
+state = hf_prune.processes.process_state()
 CONFIGS = {
     "kcm": hf_prune.KCMConfig(budget={"macs": 0.85}),
     "magnitude": hf_prune.MagnitudeConfig(budget={"macs": 0.8}),

@@ -10,6 +10,7 @@ from tiny import tiny_batch, tiny_model
 
 import hf_prune
 from hf_prune import CalibrationError, Calibrator, FisherConfig
+from hf_prune.gradients import collect_gradients
 from hf_prune.methods.fisher import FisherBlock, rearranged
 from hf_prune.selection import Selector
 
@@ -35,7 +36,7 @@ def information(model, data, per_sample):
     calibrator = Calibrator(model, data, labels=True)
     groups = calibrator.units.of_kind("heads", "neurons")
     blocks = {g.name: FisherBlock(g.size, torch.device("cpu")) for g in groups}
-    calibrator.collect_gradients(groups, blocks, per_sample=per_sample)
+    collect_gradients(calibrator, groups, blocks, per_sample=per_sample)
     return {name: block.matrix for name, block in blocks.items()}
 
 
@@ -91,7 +92,7 @@ def test_gradients_are_those_of_the_loss_by_the_mask(name):
     calibrator = Calibrator(model, [batch], labels=True)
     group = calibrator.units.of_kind("heads")[-1]
     blocks = {group.name: FisherBlock(group.size, torch.device("cpu"))}
-    calibrator.collect_gradients([group], blocks, per_sample=False)
+    collect_gradients(calibrator, [group], blocks, per_sample=False)
 
     scale = torch.ones(group.size, requires_grad=True)
     site = model.base_model.get_submodule(group.name)

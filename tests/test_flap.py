@@ -8,10 +8,10 @@ from tiny import tiny_batch, tiny_model
 
 import hf_prune
 from hf_prune import Calibrator, FLAPConfig
-from hf_prune.calibration import Moments
 from hf_prune.methods.flap import fluctuation, standardised
 from hf_prune.reconstruction import compensate, reconstruct
 from hf_prune.selection import Selector
+from hf_prune.statistics import Moments
 
 
 def moments_of(model, data, groups):

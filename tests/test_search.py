@@ -511,7 +511,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from test_search import DATA, search
-from hf_prune.calibration import process_state
+from hf_prune.processes import process_state
 fronts = [search(DATA, metric=metric, num_samples=6, method="nsga2") for metric in ("accuracy", "loss")]
 state = process_state()
 text = json.dumps([[(p.member, p.error) for p in front.evaluated] for front in fronts])

@@ -11,10 +11,10 @@ import hf_prune
 
 ROOT = Path(hf_prune.__file__).parent
 LEVELS = [
-    ["errors", "redaction", "architectures", "offload"],
+    ["errors", "redaction", "architectures", "offload", "processes", "statistics"],
     ["units", "masks", "weight_masks"],
     ["gates", "surgery", "slicing", "layout", "compression", "costs", "batches", "divergence", "timing", "latency"],
-    ["calibration", "selection", "reconstruction", "depth", "blockwise"],
+    ["calibration", "gradients", "selection", "reconstruction", "depth", "blockwise"],
     ["methods", "report", "benchmark", "export", "plots"],
     ["pruning", "metrics", "comparison", "sparse_kernels"],
     ["hub", "modeling", "verification"],

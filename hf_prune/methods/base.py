@@ -9,16 +9,18 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar, get_args
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration import Calibrator, Moments, from_main_process
+from ..calibration import Calibrator
 from ..costs import CostTable
 from ..depth import drop_layers
 from ..errors import ConfigError, check_positive, check_whole, unknown
 from ..gates import LayerCalls, apply_mask, current_mask, remove_mask, without_mask
 from ..latency import latency_table, measure_pruned
 from ..masks import PruningMask
+from ..processes import from_main_process
 from ..reconstruction import Recovery, compensate, reconstruct
 from ..report import unit_rows
 from ..selection import Allocation, Selector, check_budget
+from ..statistics import Moments
 from ..surgery import check_shrinkable
 from ..timing import DEFAULT_LENGTH
 from ..units import Kind, PrunableUnits, site

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..calibration import Calibrator
 from ..errors import CalibrationError, ConfigError
+from ..gradients import collect_gradients
 from ..masks import PruningMask
 from ..units import PrunableUnits, site
 from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
@@ -109,7 +110,7 @@ class FisherPruner(Pruner[FisherConfig]):
         assert calibrator is not None
         selector = self.selector(model, units, calibrator)
         fisher = {g.name: FisherBlock(g.size, site(model, g).weight.device) for g in selector.groups}
-        calibrator.collect_gradients(selector.groups, fisher, per_sample=self.config.per_sample)
+        collect_gradients(calibrator, selector.groups, fisher, per_sample=self.config.per_sample)
         scores = {name: block.matrix.diagonal() for name, block in fisher.items()}
         if not any(score.any() for score in scores.values()):
             raise CalibrationError("The loss has no gradient by any unit: are the labels those of this model's task?")

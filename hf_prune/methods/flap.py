@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration import Calibrator, Moments
+from ..calibration import Calibrator
 from ..errors import CalibrationError
 from ..masks import PruningMask
+from ..statistics import Moments
 from ..units import PrunableUnits, output_matrix, site
 from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
 

@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration import Calibrator, Moments
+from ..calibration import Calibrator
 from ..errors import CalibrationError, check_whole
 from ..masks import PruningMask
+from ..statistics import Moments
 from ..units import PrunableUnits, output_matrix, site
 from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
 

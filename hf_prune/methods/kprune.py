@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from ..architectures import AttentionSpec
 from ..batches import Batch
-from ..calibration import Calibrator, mask_gradients, select_real
+from ..calibration import Calibrator, select_real
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
 from ..gates import LayerCalls, current_mask, detach_gate, record_calls, resume_at, without_mask
+from ..gradients import differentiate, mask_gradients
 from ..masks import PruningMask
 from ..reconstruction import Solution, walks
 from ..surgery import cut_layer
@@ -155,7 +156,7 @@ class _Student:
         """K_pred + λ·K_rep of the units of some groups, for heads times μ (Eq. 4, 5, 10 and 11)."""
         loss = self._curvature if self.config.kpred == "fisher" else self._divergence
         knowledge = {g.name: _Knowledge(g.size * g.width, site(self.model, g).weight.device) for g in groups}
-        passes = self.calibrator.differentiate(list(knowledge), loss, f"score {groups[0].name}")
+        passes = differentiate(self.calibrator, list(knowledge), loss, f"score {groups[0].name}")
         for batch, inputs, gradients in passes:
             for group in groups:
                 x = inputs[group.name]
@@ -206,7 +207,7 @@ class _Student:
     def _curvature(self, index: int, batch: Batch) -> list[torch.Tensor]:
         """Directions whose squared gradients add up to the curvature of the divergence."""
         student = self._student(index, batch)
-        seeds = [(self.config.seed << 32) + example for example in self.calibrator.examples(index)]
+        seeds = [(self.config.seed << 32) + example for example in self.calibrator.examples[index]]
         return [v.sum() for p in student for v in curvature(p, self.config.gamma, seeds)]
 
 

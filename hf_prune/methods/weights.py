@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..blockwise import BlockWalk, Checkpoints, Matrix, Observation, prune_blocks, weight_matrices
-from ..calibration import Calibrator, process_state
+from ..calibration import Calibrator
 from ..costs import CostTable
 from ..errors import ConfigError
+from ..processes import process_state
 from ..timing import DEFAULT_LENGTH
 from ..units import PrunableUnits
 from ..weight_masks import WeightMask

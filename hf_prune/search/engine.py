@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..batches import update_digest
-from ..calibration import Calibrator, from_main_process, process_state
+from ..calibration import Calibrator
 from ..costs import METRICS, CostTable, Metric
 from ..errors import CalibrationError, ConfigError, check_whole, unknown
 from ..gates import current_mask
 from ..latency import latency_table
 from ..masks import PruningMask
 from ..offload import refuse_offloaded
+from ..processes import from_main_process, process_state
 from ..slicing import subnetwork
 from ..timing import DEFAULT_LENGTH, evaluating
 from .evaluation import ComputeMetrics, Evaluator

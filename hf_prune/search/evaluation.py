@@ -59,7 +59,7 @@ class Evaluator:
         measure = self._loss if self.compute_metrics is None else self._predictions
         with evaluating(model):
             mine = [
-                (self.calibrator.examples(index)[0], *measure(model, batch))
+                (self.calibrator.examples[index][0], *measure(model, batch))
                 for index, batch in self.calibrator.batches("evaluate")
             ]
         # In the order of the batches, so that sums do not depend on the number of processes.

@@ -8,10 +8,10 @@ from optuna.pruners import BasePruner, SuccessiveHalvingPruner
 from optuna.storages import BaseStorage
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from ..calibration import from_main_process
 from ..costs import METRICS, CostTable, Metric
 from ..errors import ConfigError, unknown
 from ..masks import PruningMask
+from ..processes import from_main_process
 from ..surgery import shrunk_copy
 from .engine import Search, fingerprint
 from .front import ParetoFront

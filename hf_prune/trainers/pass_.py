@@ -17,10 +17,10 @@ from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..architectures import AttentionSpec
-from ..calibration import process_state
 from ..errors import ConfigError, UnsupportedModelError
 from ..gates import apply_mask, current_mask, record_inputs, remove_mask
 from ..methods import Paper
+from ..processes import process_state
 from ..timing import example_inputs
 from ..units import UnitGroup
 from .arguments import PassOptions, check_whole_model

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArgumen
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
-from ..calibration import data_source
+from ..batches import data_source
 from ..costs import CostTable
 from ..errors import ConfigError, SaveError
 from ..gates import current_mask, remove_mask, without_mask
