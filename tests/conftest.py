@@ -58,7 +58,7 @@ def reader(tmp_path, monkeypatch, _furnished):
     shutil.copytree(_furnished, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("hf_prune.latency._clocked", parameters_as_time)
+    monkeypatch.setattr("hf_prune.layer_timing._clocked", parameters_as_time)
     monkeypatch.setattr(registry, "_ARCHITECTURES", dict(registry._ARCHITECTURES))
     monkeypatch.setattr(base, "_PRUNERS", dict(base._PRUNERS))
     return tmp_path

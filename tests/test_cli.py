@@ -451,7 +451,7 @@ class TestPrune:
 
     def test_a_budget_of_latency(self, run, dense, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
-        monkeypatch.setattr("hf_prune.latency._clocked", parameters_as_time)
+        monkeypatch.setattr("hf_prune.layer_timing._clocked", parameters_as_time)
         argv = ["--method", "magnitude", "--budget", "latency=0.9", "--latency-batch-size", 2, "--sequence-length", 7]
         code, out, _ = run("prune", dense, *argv, "--output", tmp_path / "out", "--json")
         done = json.loads(out)

@@ -11,7 +11,16 @@ import torch
 from tiny import FAMILIES, parameters_as_time, tiny_batch, tiny_model
 
 import hf_prune
-from hf_prune import ConfigError, CostTable, InfeasibleBudgetError, LatencyTable, PruningError, latency, latency_table
+from hf_prune import (
+    ConfigError,
+    CostTable,
+    InfeasibleBudgetError,
+    LatencyTable,
+    PruningError,
+    latency,
+    latency_table,
+    layer_timing,
+)
 from hf_prune.latency import BlockTimes
 from hf_prune.selection import Selector
 
@@ -20,8 +29,8 @@ from hf_prune.selection import Selector
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
     monkeypatch.setattr(latency, "_tables", {})
-    monkeypatch.setattr(latency, "_LEAST", 1)
-    monkeypatch.setattr(latency, "_MOST", 1)
+    monkeypatch.setattr(layer_timing, "_LEAST", 1)
+    monkeypatch.setattr(layer_timing, "_MOST", 1)
     return tmp_path / "latency"
 
 
@@ -34,7 +43,7 @@ def clock(monkeypatch):
         calls.append(args)
         return parameters_as_time(*args)
 
-    monkeypatch.setattr(latency, "_clocked", clocked)
+    monkeypatch.setattr(layer_timing, "_clocked", clocked)
     return calls
 
 
@@ -74,7 +83,7 @@ def test_measuring_leaves_the_model_as_it_was(name):
 def test_more_units_never_take_less_time(monkeypatch):
     rng = np.random.default_rng(0)
     monkeypatch.setattr(
-        latency, "_clocked", lambda model, inputs, places: (99.0, {place: rng.uniform(1, 2) for place in places})
+        layer_timing, "_clocked", lambda model, inputs, places: (99.0, {place: rng.uniform(1, 2) for place in places})
     )
     for seed in range(5):
         table = latency_table(tiny_model("bert"), sequence_length=9 + seed)
@@ -97,7 +106,7 @@ def test_a_copy_shares_what_is_not_cut_and_owns_what_is():
     model = tiny_model("llama")
     layer = model.model.layers[0]
     units = hf_prune.prunable_units(model)
-    copies = latency._cut_copies(model.model, units, ("layers", 0), 32)
+    copies = layer_timing.cut_copies(model.model, units, ("layers", 0), 32)
     small = copies["layers.0.mlp.down_proj", 64]  # whole, but not the same memory: all widths start cold
     assert small.self_attn.q_proj.weight is layer.self_attn.q_proj.weight
     assert small.mlp.up_proj.weight is not layer.mlp.up_proj.weight

@@ -95,7 +95,7 @@ class TestSearch:
     def test_latency(self, monkeypatch, tmp_path):
         from tiny import parameters_as_time
 
-        monkeypatch.setattr("hf_prune.latency._clocked", parameters_as_time)
+        monkeypatch.setattr("hf_prune.layer_timing._clocked", parameters_as_time)
         monkeypatch.setenv("HF_PRUNE_CACHE", str(tmp_path))
         front = search(DATA, cost="latency", metric="loss")
         assert {"latency", "params"} <= set(front[0].costs)
