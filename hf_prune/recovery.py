@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
 
-from .blockwise import weight_matrices
 from .errors import ConfigError, MaskError
 from .gates import current_mask
 from .masks import PruningMask
+from .matrices import weight_matrices
 from .offload import refuse_offloaded
 from .surgery import shrink
 from .trainers import PruningTrainingArguments

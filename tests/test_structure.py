@@ -10,30 +10,18 @@ import pytest
 import hf_prune
 
 ROOT = Path(hf_prune.__file__).parent
-LEVELS = [
-    ["errors", "redaction", "architectures", "offload", "processes", "statistics"],
-    ["units", "masks", "weight_masks"],
-    [
-        "gates",
-        "surgery",
-        "slicing",
-        "layout",
-        "compression",
-        "costs",
-        "batches",
-        "divergence",
-        "timing",
-        "layer_timing",
-        "latency",
-    ],
-    ["calibration", "gradients", "selection", "reconstruction", "depth", "blockwise"],
-    ["methods", "report", "benchmark", "export", "plots"],
-    ["pruning", "metrics", "comparison", "sparse_kernels"],
-    ["hub", "modeling", "verification"],
-    ["trainers", "search", "recovery"],
-    ["cli"],
-]
-LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+LEVELS = """
+errors redaction architectures offload processes statistics
+units masks weight_masks
+gates surgery slicing layout compression costs batches divergence matrices timing layer_timing latency
+calibration gradients selection reconstruction depth block_walk blockwise
+methods report benchmark export plots
+pruning metrics comparison sparse_kernels
+hub modeling verification
+trainers search recovery
+cli
+"""
+LEVEL = {room: level for level, rooms in enumerate(LEVELS.split("\n")) for room in rooms.split()}
 
 
 def room(path):

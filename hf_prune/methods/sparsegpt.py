@@ -9,9 +9,9 @@ from typing import Literal
 
 import torch
 
-from ..blockwise import Matrix
 from ..calibration import Calibrator
 from ..errors import CalibrationError, ConfigError, check_whole
+from ..matrices import Matrix
 from .base import Paper, register_pruner
 from .weights import Target, WeightPruner, WeightPruningConfig, keep_highest, kth_lowest, pruned_count
 

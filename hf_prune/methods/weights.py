@@ -12,10 +12,12 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..blockwise import BlockWalk, Checkpoints, Matrix, Observation, prune_blocks, weight_matrices
+from ..block_walk import BlockWalk, Observation
+from ..blockwise import Checkpoints, prune_blocks
 from ..calibration import Calibrator
 from ..costs import CostTable
 from ..errors import ConfigError
+from ..matrices import Matrix, weight_matrices
 from ..processes import process_state
 from ..timing import DEFAULT_LENGTH
 from ..units import PrunableUnits
