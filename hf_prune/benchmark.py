@@ -17,6 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from .costs import model_costs
 from .errors import ConfigError, PruningError, check_whole
 from .export import measure_onnx_latency
+from .offload import default_device
 from .timing import DEFAULT_LENGTH, Latency, example_inputs, measure_latency
 
 
@@ -84,7 +85,7 @@ def peak_memory(
     check_whole(1, batch_size=batch_size, sequence_length=sequence_length)
     _architecture(_checkpoint(checkpoint))
     code = "import sys; from hf_prune.benchmark import _print_peak; _print_peak(*sys.argv[1:])"
-    arguments = [str(checkpoint), str(batch_size), str(sequence_length), device or _default_device()]
+    arguments = [str(checkpoint), str(batch_size), str(sequence_length), device or default_device()]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     if done.returncode:
         raise PruningError(f"Measuring the memory of {checkpoint} failed:\n{done.stderr.strip()}")
@@ -125,7 +126,7 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], *, device: str | None = 
     """
     path = _checkpoint(checkpoint)
     model: PreTrainedModel = _architecture(path).from_pretrained(path)
-    return model.to(device or _default_device())
+    return model.to(device or default_device())
 
 
 def compare(
@@ -243,10 +244,6 @@ def si_scale(largest: float) -> tuple[str, float]:
     return next(
         ((prefix, scale) for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if largest >= scale), ("", 1.0)
     )
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _checkpoint(directory: str | os.PathLike[str]) -> Path:

@@ -1,4 +1,4 @@
-"""Weights that Accelerate keeps in CPU memory or on disk between forward passes (`device_map`, `cpu_offload`)."""
+"""Where weights are: on one device, or between forward passes in CPU memory or on disk, where Accelerate keeps them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +28,11 @@ def refuse_offloaded(model: nn.Module) -> None:
             f"{type(model).__name__} is offloaded: load it without device_map offloading. Only methods that zero "
             "single weights, such as WandaConfig, prune offloaded models."
         )
+
+
+def default_device() -> str:
+    """Where to run if nobody says it: the GPU if there is one. Not Apple's: statistics are sums in float64."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def execution_device(module: nn.Module) -> torch.device:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .errors import UnsupportedModelError
 from .gates import apply_mask, remove_mask
-from .hub.saving import save_pretrained
+from .hub.saving import first_output, save_pretrained
 from .masks import PruningMask
 from .surgery import shrink
 from .timing import example_inputs
@@ -35,11 +35,11 @@ def verify_architecture(model: PreTrainedModel, inputs: dict[str, torch.Tensor] 
                 parameter.normal_(std=0.2)  # fresh models are so close to zero that wrong cuts would pass
     inputs = inputs if inputs is not None else example_inputs(model, batch_size=2, sequence_length=8)
     units = prunable_units(model)
-    dense = _logits(model, inputs)
+    dense = first_output(model, inputs)
     for group in units.of_kind("heads", "neurons"):
         if group.prunable and group.size > 1:
             apply_mask(model, PruningMask({group.name: torch.arange(group.size) == 0}, units))
-            if torch.allclose(_logits(model, inputs), dense, atol=1e-7):
+            if torch.allclose(first_output(model, inputs), dense, atol=1e-7):
                 raise UnsupportedModelError(
                     f"Closing the gates at {group.name} changes nothing: it is not on the path of the output."
                 )
@@ -47,9 +47,9 @@ def verify_architecture(model: PreTrainedModel, inputs: dict[str, torch.Tensor] 
     for mask, what in _masks(units):
         small = copy.deepcopy(model)
         apply_mask(small, mask)
-        masked = _logits(small, inputs)
+        masked = first_output(small, inputs)
         try:
-            shrunk = _logits(shrink(small), inputs)
+            shrunk = first_output(shrink(small), inputs)
         except (RuntimeError, ValueError, AttributeError) as error:
             raise UnsupportedModelError(f"{what} can't be cut as the entry says: {error}") from error
         gap = (masked - shrunk).abs().max()
@@ -81,10 +81,3 @@ def _masks(units: PrunableUnits) -> list[tuple[PruningMask, str]]:
             keep[free[0]] = False
             found.append((PruningMask({name: keep}, units), f"layer {free[0]} of {name}"))
     return found
-
-
-def _logits(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        outputs = model(**inputs)
-    first: torch.Tensor = next(value for value in outputs.values() if isinstance(value, torch.Tensor))
-    return first

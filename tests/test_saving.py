@@ -36,7 +36,7 @@ from hf_prune import (
     shrink,
 )
 from hf_prune.errors import MaskError, SaveError
-from hf_prune.hub import saving, standalone
+from hf_prune.hub import saving, staging, standalone
 
 ROOT = Path(__file__).parents[1]
 
@@ -244,7 +244,7 @@ class TestFolder:
         assert (folder / "token").stat().st_mode & 0o777 == 0o600
 
     def test_without_an_atomic_exchange(self, folder, new, monkeypatch):
-        monkeypatch.setattr(saving, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
         before = others(snapshot(folder))
         save_pretrained(new, folder)
         assert holds(folder, new) and others(snapshot(folder)) == before
@@ -292,7 +292,7 @@ STEPS = {
     "standalone code": (saving, "add_standalone_code"),
     "verification": (saving, "_verify"),
     "flush": (os, "fsync"),
-    "swap": (saving, "_replace"),
+    "swap": (staging, "_replace"),
 }
 
 
@@ -361,7 +361,7 @@ class TestCrash:
         assert list(tmp_path.iterdir()) == []
 
     def test_without_exchange_a_failed_second_rename_puts_the_old_folder_back(self, folder, new, monkeypatch):
-        monkeypatch.setattr(saving, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
         before, rename, calls = snapshot(folder), os.rename, []
 
         def second_fails(source, target):
@@ -378,7 +378,7 @@ class TestCrash:
         assert [path.name for path in folder.parent.iterdir()] == ["out"]
 
     def test_without_exchange_a_failed_first_rename(self, folder, new, monkeypatch):
-        monkeypatch.setattr(saving, "_exchange", lambda first, second: False)
+        monkeypatch.setattr(staging, "_exchange", lambda first, second: False)
         before = snapshot(folder)
         monkeypatch.setattr(os, "rename", raising(OSError(errno.EBUSY, "Device or resource busy")))
         with pytest.raises(SaveError, match="busy"):

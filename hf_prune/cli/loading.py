@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrained
 
 from ..errors import ConfigError, PruningError
 from ..layout import KEY
+from ..offload import default_device
 
 TASKS = {
     "base": "AutoModel",
@@ -59,7 +60,7 @@ def check_device(device: str | None) -> str:
     Raises:
         ConfigError: It is not.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

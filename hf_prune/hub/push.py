@@ -21,7 +21,8 @@ from ..redaction import HIDDEN, redact
 from ..report import REPORT_FILE, PruningReport
 from ..weight_masks import WeightMask
 from .card import CARD_FILE, PICTURE_FILE, is_ours, is_repo_id, render_card
-from .saving import of_a_model, save_pretrained
+from .saving import save_pretrained
+from .staging import of_a_model
 
 logger = logging.get_logger(__name__)
 

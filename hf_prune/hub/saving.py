@@ -4,17 +4,11 @@ The checkpoint is written to a folder beside the target, reloaded as a user woul
 and only then put in the target's place: a crash at any moment leaves the old folder or the new one.
 """
 
-import ctypes
 import json
 import os
-import re
-import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +38,8 @@ from ..report import PruningReport
 from ..timing import evaluating, example_inputs
 from ..units import PrunableUnits, forget_gguf, prunable_units, site
 from ..weight_masks import WeightMask
-from .card import CARD_FILE, PICTURE_FILE, is_ours, origin, write_card
+from .card import CARD_FILE, origin, write_card
+from .staging import link_others, staged
 from .standalone import add_standalone_code
 
 logger = logging.get_logger(__name__)
@@ -115,7 +110,7 @@ def save_pretrained(
             "The model is masked but not shrunk: it is saved with all its parameters. shrink(model) cuts them."
         )
     here = _working_directory()  # perhaps the folder that is about to be replaced
-    with _staging(target) as staging:
+    with staged(target) as staging:
         if standalone:  # remote code skips the renaming of weights that some families need at load
             options.setdefault("save_original_format", False)
         _stock_save(model, staging, state_dict=dict(state), **options)
@@ -131,7 +126,7 @@ def save_pretrained(
             if file.is_file():
                 file.chmod(staging.stat().st_mode & 0o666)
         if target.exists():
-            _link_others(target, staging, options.get("variant"))
+            link_others(target, staging, options.get("variant"))
         needed = not standalone and (compressed or getattr(model.config, KEY, None) is not None)
         outputs = _verify(model, state, staging, standalone, needed, options.get("variant"))
         if report is not None:
@@ -225,12 +220,12 @@ def _verify(
     try:
         again = again.to(execution_device(model))
         inputs = example_inputs(model, batch_size=1, sequence_length=8)
-        ours = _outputs(model, inputs)
+        ours = first_output(model, inputs)
     except (ConfigError, RuntimeError, ValueError, TypeError) as error:
         logger.warning(f"The weights reload equal; the outputs were not compared: {error}")
         return False
     try:
-        theirs = _outputs(again, inputs)
+        theirs = first_output(again, inputs)
     except (RuntimeError, ValueError, TypeError) as error:
         raise SaveError(f"The saved {name} does not run when it is reloaded, nothing was replaced: {error}") from error
     # The weights are equal to the bit; kernels may round differently where they lie differently in memory.
@@ -326,99 +321,10 @@ def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:
     return mine.shape == other.shape and torch.equal(mine.to(other.device, wide), other.to(wide))
 
 
-def _outputs(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+def first_output(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The first tensor that a model returns, without dropout: logits or hidden states."""
     with evaluating(model):
         outputs = model(**inputs)
     values = outputs if isinstance(outputs, tuple) else outputs.values()
     first: torch.Tensor = next(value for value in values if isinstance(value, torch.Tensor))
     return first
-
-
-# Put in place
-
-
-@contextmanager
-def _staging(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place when the context ends well, and vanishes when it does not."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-        staging.mkdir()
-    except OSError as error:
-        raise SaveError(f"Can't write beside {target}: {error.strerror or error}. Choose another folder.") from error
-    try:
-        if target.exists():
-            staging.chmod(target.stat().st_mode & 0o777)
-        yield staging
-        _replace(staging, target)
-    except (OSError, SafetensorError) as error:
-        if isinstance(error, SaveError):
-            raise
-        raise SaveError(f"Could not save to {target}, which is as it was: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-_OF_A_MODEL = (
-    "pytorch_model*",
-    "config.json",
-    "generation_config.json",
-    "modeling_hf_prune.py",
-    "pruning_mask.safetensors",
-    "pruning_report.json",
-    PICTURE_FILE,
-)
-
-
-def of_a_model(variant: str | None = None) -> Callable[[str], bool]:
-    """Whether a file, by its name, belongs to the model in a folder, and goes when another one takes its place."""
-    middle = f"\\.{re.escape(variant)}" if variant else ""
-    weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
-    return lambda name: bool(weights.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in _OF_A_MODEL)
-
-
-def _link_others(source: Path, staging: Path, variant: str | None) -> None:
-    """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
-    goes = of_a_model(variant)
-
-    def ignored(folder: str, names: list[str]) -> set[str]:
-        beside = staging / os.path.relpath(folder, source)
-        skip = {name for name in names if (beside / name).is_file()}
-        if beside == staging:
-            skip |= {name for name in names if goes(name) or (name == CARD_FILE and is_ours(source / name))}
-        return skip
-
-    def link(old: str, new: str) -> None:
-        try:
-            os.link(old, new)
-        except OSError:
-            shutil.copy2(old, new)
-
-    shutil.copytree(source, staging, symlinks=True, copy_function=link, dirs_exist_ok=True, ignore=ignored)
-
-
-def _replace(staging: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(staging, target)
-    elif not _exchange(staging, target):
-        # Without an atomic exchange the old folder waits beside the new one until that is in place.
-        waiting = target.with_name(f"{staging.name}.old")
-        os.rename(target, waiting)
-        try:
-            os.rename(staging, target)
-        except OSError:
-            os.rename(waiting, target)
-            raise
-        shutil.rmtree(waiting, ignore_errors=True)
-
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swap two folders atomically. `False` where the system can't."""
-    if not sys.platform.startswith("linux"):
-        return False
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    try:
-        code: int = ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
-    except (OSError, AttributeError):
-        return False
-    return code == 0

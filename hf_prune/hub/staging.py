@@ -1,0 +1,104 @@
+"""Write a folder beside its target, and put it in the target's place when it is complete."""
+
+import ctypes
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import SaveError
+from .card import CARD_FILE, PICTURE_FILE, is_ours
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A folder beside the target that takes its place when the context ends well, and vanishes when it does not."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+        staging.mkdir()
+    except OSError as error:
+        raise SaveError(f"Can't write beside {target}: {error.strerror or error}. Choose another folder.") from error
+    try:
+        if target.exists():
+            staging.chmod(target.stat().st_mode & 0o777)
+        yield staging
+        _replace(staging, target)
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, SaveError):
+            raise
+        raise SaveError(f"Could not save to {target}, which is as it was: {error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+_OF_A_MODEL = (
+    "pytorch_model*",
+    "config.json",
+    "generation_config.json",
+    "modeling_hf_prune.py",
+    "pruning_mask.safetensors",
+    "pruning_report.json",
+    PICTURE_FILE,
+)
+
+
+def of_a_model(variant: str | None = None) -> Callable[[str], bool]:
+    """Whether a file, by its name, belongs to the model in a folder, and goes when another one takes its place."""
+    middle = f"\\.{re.escape(variant)}" if variant else ""
+    weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
+    return lambda name: bool(weights.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in _OF_A_MODEL)
+
+
+def link_others(source: Path, staging: Path, variant: str | None) -> None:
+    """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
+    goes = of_a_model(variant)
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        beside = staging / os.path.relpath(folder, source)
+        skip = {name for name in names if (beside / name).is_file()}
+        if beside == staging:
+            skip |= {name for name in names if goes(name) or (name == CARD_FILE and is_ours(source / name))}
+        return skip
+
+    def link(old: str, new: str) -> None:
+        try:
+            os.link(old, new)
+        except OSError:
+            shutil.copy2(old, new)
+
+    shutil.copytree(source, staging, symlinks=True, copy_function=link, dirs_exist_ok=True, ignore=ignored)
+
+
+def _replace(staging: Path, target: Path) -> None:
+    if not target.exists():
+        os.rename(staging, target)
+    elif not _exchange(staging, target):
+        # Without an atomic exchange the old folder waits beside the new one until that is in place.
+        waiting = target.with_name(f"{staging.name}.old")
+        os.rename(target, waiting)
+        try:
+            os.rename(staging, target)
+        except OSError:
+            os.rename(waiting, target)
+            raise
+        shutil.rmtree(waiting, ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two folders atomically. `False` where the system can't."""
+    if not sys.platform.startswith("linux"):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    try:
+        code: int = ctypes.CDLL(None).renameat2(here, os.fsencode(first), here, os.fsencode(second), exchange)
+    except (OSError, AttributeError):
+        return False
+    return code == 0
