@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -33,6 +34,7 @@ class Measurement:
         peak_memory_bytes (`int`): See [`peak_memory`], at the largest batch size.
         latency (`list[Latency]`): One for each batch size.
         scores (`dict[str, float]`, *optional*): Its quality, as the caller measured it.
+        scored_on (`dict`, *optional*): The data behind the scores: `samples`, `dataset`, `split`, ...
         onnx_latency (`list[Latency]`, *optional*): As `latency`, in ONNX Runtime.
     """
 
@@ -43,7 +45,15 @@ class Measurement:
     peak_memory_bytes: int
     latency: list[Latency]
     scores: dict[str, float] = field(default_factory=dict)
+    scored_on: dict[str, Any] = field(default_factory=dict)
     onnx_latency: list[Latency] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Measurement":
+        """Inverse of `dataclasses.asdict`. Keys that it does not know are those of a newer version: left out."""
+        known = {key: value for key, value in data.items() if key in cls.__dataclass_fields__}
+        runs = {key: [Latency(**run) for run in known.get(key, ())] for key in ("latency", "onnx_latency")}
+        return cls(**{**known, **runs})
 
 
 def disk_bytes(directory: str | os.PathLike[str]) -> int:
@@ -139,6 +149,7 @@ def compare(
     device: str | None = None,
     onnx: bool = False,
     scores: Mapping[str, Mapping[str, float]] | None = None,
+    scored_on: Mapping[str, Any] | None = None,
 ) -> list[Measurement]:
     """Measure several checkpoints side by side. The first one is the reference of [`comparison_table`].
 
@@ -153,6 +164,7 @@ def compare(
             too. Needs `pip install hf_prune[onnx]`.
         scores (`dict[str, dict[str, float]]`, *optional*): Quality by checkpoint and metric, such as
             `{"dense": {"accuracy": 0.86}, "pruned": {"accuracy": 0.85}}`. It is passed on to the rows.
+        scored_on (`dict`, *optional*): The data behind the scores, passed on too.
 
     Returns:
         `list[Measurement]`: One row for each checkpoint, in their order.
@@ -190,6 +202,7 @@ def compare(
             latency=[at_batch[name] for at_batch in latency],
             onnx_latency=[at_batch[name] for at_batch in onnx_latency],
             scores=dict(scores.get(name, {})),
+            scored_on=dict(scored_on or {}) if name in scores else {},
         )
         for name, model in models.items()
     ]

@@ -1,4 +1,4 @@
-"""Where weights are: on one device, or between forward passes in CPU memory or on disk, where Accelerate keeps them."""
+"""Where weights are: on one device, or, kept by Accelerate, in CPU memory or on disk between forward passes."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

@@ -23,8 +23,8 @@ from transformers import (
 )
 
 import hf_prune
+from hf_prune.evaluation import Evaluator
 from hf_prune.metrics import Accuracy, Matthews, compute_metrics_for
-from hf_prune.search.evaluation import Evaluator
 from hf_prune.search.front import pareto_optimal
 from hf_prune.search.study import METHODS, SearchStudy
 

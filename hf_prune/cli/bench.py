@@ -7,24 +7,35 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from ..benchmark import compare, comparison_table
+from .. import evaluation
+from ..benchmark import compare, comparison_table, load_checkpoint
+from ..calibration import Calibrator
+from ..evaluation import Evaluator
 from .arguments import MODEL, add_device, count, distinct_names
-from .loading import check_device, resolve, trying
+from .data import add_data, read_examples
+from .loading import check_device, load_processor, resolve, trying
 
 _DESCRIPTION = """\
 Measure checkpoints side by side: latency (median and 95th percentile of one
-forward pass), peak memory, size on disk, MACs and parameters. The models take
-turns on the same random inputs, so that a busy machine slows all of them down
-alike; the figures of two calls do not compare.
+forward pass), peak memory, size on disk, MACs and parameters, and, on data that
+you give, quality. The models take turns on the same random inputs, so that a busy
+machine slows all of them down alike; the figures of two calls do not compare.
 """
 _EXAMPLES = """\
 examples:
   hf-prune bench ./bert-sst2-60 --against ./bert-sst2
   hf-prune bench ./bert-80 ./bert-60 --against ./bert --batch-size 1 32 \\
-      --threads 4 --json > bench.json
+      --threads 4 --dataset valid.tsv --json > bench.json
+  hf-prune bench ./qwen3-2of4 --against ./qwen3 --dataset valid.txt \\
+      --metric perplexity
 
-The table is Markdown, with ratios to the first model.
+The table is Markdown, with ratios to the first model. Data for quality have a
+column `label` or `labels`; the perplexity of a causal language model is that of a
+.txt file, or of --text-column.
 """
+
+
+_VOCABULARIES = ("*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="export each model, which takes a while, and measure its latency in ONNX Runtime too",
     )
+    parser.add_argument(
+        "--metric", default="accuracy", choices=evaluation.METRICS, help="of the quality; default: %(default)s"
+    )
+    add_data(parser, "data to measure quality on", batch_size=False)
 
 
 def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
@@ -68,6 +83,7 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     device = check_device(args.device)
     checkpoints = {name: _folder(model) for name, model in zip(names, given, strict=True)}
     with trying(f"measure {', '.join(given)}"):
+        scores, scored_on = _quality(args, checkpoints, device) if args.dataset is not None else ({}, None)
         rows = compare(
             checkpoints,
             batch_sizes=args.batch_size,
@@ -76,8 +92,39 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
             threads=args.threads,
             device=device,
             onnx=args.onnx,
+            scores=scores,
+            scored_on=scored_on,
         )
     return [asdict(row) for row in rows], comparison_table(rows)
+
+
+def _quality(
+    args: argparse.Namespace, checkpoints: dict[str, str], device: str
+) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """The metric of each model, and on what data."""
+    data, scores, scored_on = read_examples(args), {}, {}
+    for name, folder in checkpoints.items():
+        model, processor = load_checkpoint(folder, device=device), load_processor(folder)
+        text = data[args.text_column] if args.text_column is not None else data
+        if args.metric == "perplexity" and all(isinstance(line, str) for line in text):
+            from ..metrics import perplexity  # needs packages that hf_prune does not
+
+            text = list(text)[: args.max_samples]
+            window = min(args.max_length or 1024, getattr(model.config, "max_position_embeddings", 1024))
+            value, scored_on = perplexity(model, processor, text, window=window), {"samples": len(text)}
+        else:
+            calibrator = Calibrator(
+                model,
+                data,
+                processing_class=processor,
+                text_column=args.text_column,
+                max_samples=args.max_samples,
+                max_length=args.max_length,
+                labels=True,
+            )
+            value, scored_on = Evaluator(calibrator, args.metric).measure(model), calibrator.describe()
+        scores[name] = {args.metric: value}
+    return scores, {"dataset": Path(args.dataset).name, **scored_on}
 
 
 def _folder(model: str) -> str:
@@ -85,4 +132,4 @@ def _folder(model: str) -> str:
     if Path(name).is_dir():
         return name
     with trying(f"download the model {model!r}"):
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *_VOCABULARIES])

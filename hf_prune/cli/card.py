@@ -17,8 +17,9 @@ hf_prune did not write, or that you edited, is left alone.
 _EXAMPLES = """\
 examples:
   hf-prune card ./bert-sst2-60
-  hf-prune bench ./bert-sst2-60 --against ./bert-sst2 --json > bench.json
-  hf-prune card ./bert-sst2-60 --bench bench.json --evaluation quality.json
+  hf-prune bench ./bert-sst2-60 --against ./bert-sst2 --dataset valid.tsv --json > bench.json
+  hf-prune card ./bert-sst2-60 --bench bench.json
+  hf-prune card ./bert-sst2-60 --evaluation quality.json
 
 quality.json holds rows such as {"metric": "accuracy", "before": 0.865,
 "after": 0.853, "n": 1072, "dataset": "stanfordnlp/sst2", "split": "validation"}.
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bench",
         metavar="FILE",
         help="what `hf-prune bench FOLDER --against DENSE --json` has printed: the first row is the dense model, the "
-        "row of the folder's name (or the last one) is this one",
+        "row of the folder's name (or the last one) is this one; its scores become the evaluation",
     )
     parser.add_argument("--evaluation", metavar="FILE", help="JSON, a list of what was measured, see below")
 
@@ -49,10 +50,21 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if not own:
             raise ConfigError(f"{args.bench} has one row only: measure the model with --against the dense one.")
         report.benchmark = [rows[0], own[-1]]
+        report.evaluation = _evaluation(*report.benchmark) or report.evaluation
     if args.evaluation:
         report.evaluation = _rows(args.evaluation)
     card = write_card(folder, report, name=args.name)
     return {"card": str(card)}, f"Wrote {card}."
+
+
+def _evaluation(dense: dict[str, Any], pruned: dict[str, Any]) -> list[dict[str, Any]]:
+    """The scores of two rows of a benchmark as rows of a report's evaluation."""
+    about = pruned.get("scored_on", {})
+    known = {key: about[key] for key in ("dataset", "config", "split", "revision") if key in about}
+    return [
+        {"metric": metric, "before": dense["scores"][metric], "after": value, "n": about.get("samples"), **known}
+        for metric, value in pruned.get("scores", {}).items()
+    ]
 
 
 def _rows(file: str) -> list[dict[str, Any]]:

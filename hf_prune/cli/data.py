@@ -19,7 +19,7 @@ _FILES: dict[str, dict[str, Any]] = {
 }
 
 
-def add_data(parser: argparse.ArgumentParser, title: str, required: bool = False) -> None:
+def add_data(parser: argparse.ArgumentParser, title: str, *, required: bool = False, batch_size: bool = True) -> None:
     """Where the data come from, and how they are read."""
     data = parser.add_argument_group(title)
     data.add_argument(
@@ -40,13 +40,14 @@ def add_data(parser: argparse.ArgumentParser, title: str, required: bool = False
         metavar="N",
         help="read the first N examples, at least 1; shuffle data that are sorted by class; default: %(default)s",
     )
-    data.add_argument(
-        "--batch-size",
-        type=count,
-        default=32,
-        metavar="N",
-        help="examples in a batch, at least 1; default: %(default)s",
-    )
+    if batch_size:
+        data.add_argument(
+            "--batch-size",
+            type=count,
+            default=32,
+            metavar="N",
+            help="examples in a batch, at least 1; default: %(default)s",
+        )
     data.add_argument(
         "--max-length",
         type=count,

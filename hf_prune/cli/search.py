@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .. import evaluation
 from ..costs import METRICS
 from ..errors import ConfigError, PruningError
 from ..search.spaces import known_spaces, search_space
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--metric",
         default="accuracy",
-        choices=("accuracy", "f1", "matthews", "spearman", "loss", "perplexity"),
+        choices=evaluation.METRICS,
         help="the error is 1 - metric, or loss or perplexity themselves; default: %(default)s",
     )
     parser.add_argument("--cost", choices=METRICS, default="params", help="the other objective; default: %(default)s")

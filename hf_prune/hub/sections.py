@@ -10,7 +10,6 @@ from ..benchmark import Measurement, setting, si_scale
 from ..errors import PruningError
 from ..methods import MethodConfig
 from ..report import PruningReport
-from ..timing import Latency
 from .markdown import code, table, text
 
 _SHARES = ("accuracy", "exact_match", "eval_accuracy")  # means of n answers that are right or wrong
@@ -20,8 +19,7 @@ def measurements(report: PruningReport) -> list[Measurement]:
     """The dense and the pruned row of the report's benchmark; empty where there is none."""
     if not report.benchmark:
         return []
-    rows = [Measurement(**{**row, "latency": [Latency(**run) for run in row["latency"]]}) for row in report.benchmark]
-    return [rows[0], rows[-1]]
+    return [Measurement.from_dict(report.benchmark[0]), Measurement.from_dict(report.benchmark[-1])]
 
 
 def verdict(report: PruningReport, base: str | None) -> str:
@@ -74,10 +72,11 @@ def measured(report: PruningReport) -> str:
         dense, pruned = pair
         add("weights on disk", dense.disk_bytes, pruned.disk_bytes, "B")
         add("peak memory", dense.peak_memory_bytes, pruned.peak_memory_bytes, "B")
-        for index, run in enumerate(dense.latency):
-            for name in ("p50_ms", "p95_ms"):
-                before, after = (getattr(row.latency[index], name) for row in pair)
-                add(f"latency {name[:3]}, batch {run.batch_size}", before, after, "s", ("m", 1))
+        for where, kind in (("latency", "latency"), ("ONNX Runtime", "onnx_latency")):
+            for runs in zip(*(getattr(row, kind) for row in pair), strict=True):
+                for name in ("p50", "p95"):
+                    before, after = (getattr(run, f"{name}_ms") for run in runs)
+                    add(f"{where} {name}, batch {runs[0].batch_size}", before, after, "s", ("m", 1))
     elif report.latency is not None and report.latency["before"] is not None:
         add("latency p50", report.latency["before"], report.latency["after"], "s", ("m", 1))
     return table(["", "dense", "pruned", "pruned vs dense"], rows)

@@ -16,6 +16,7 @@ from ..batches import update_digest
 from ..calibration import Calibrator
 from ..costs import METRICS, CostTable, Metric
 from ..errors import CalibrationError, ConfigError, check_whole, unknown
+from ..evaluation import ComputeMetrics, Evaluator
 from ..gates import current_mask
 from ..latency import latency_table
 from ..masks import PruningMask
@@ -23,7 +24,6 @@ from ..offload import refuse_offloaded
 from ..processes import from_main_process, process_state
 from ..slicing import subnetwork
 from ..timing import DEFAULT_LENGTH, evaluating
-from .evaluation import ComputeMetrics, Evaluator
 from .front import ParetoFront, SubNetwork
 from .spaces import SearchSpace
 from .study import Sample, SearchStudy, quiet

@@ -1,4 +1,4 @@
-"""The error of a model, on data that is read once and kept."""
+"""The quality of a model, on labelled data that are read once and kept."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,18 +9,19 @@ import torch
 from accelerate.utils import gather_object
 from transformers import EvalPrediction, PreTrainedModel
 
-from ..batches import Batch
-from ..calibration import Calibrator
-from ..errors import ConfigError, unknown
-from ..timing import evaluating
+from .batches import Batch
+from .calibration import Calibrator
+from .errors import ConfigError, unknown
+from .timing import evaluating
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
 LOSSES = ("loss", "perplexity")
 _KEYS = {"accuracy": "accuracy", "f1": "f1", "matthews": "matthews_correlation", "spearman": "spearmanr"}
+METRICS = (*_KEYS, *LOSSES)
 
 
 class Evaluator:
-    """Runs models over labelled examples, and says how wrong they are. The lower the better.
+    """Runs models over labelled examples, and says how good they are ([`measure`]), or how wrong (a call).
 
     Args:
         calibrator ([`Calibrator`]): The examples, with labels.
@@ -34,7 +35,7 @@ class Evaluator:
     Raises:
         ConfigError: The metric is unknown.
 
-    With several processes each runs its share of the batches, and all return the error on all of them.
+    With several processes each runs its share of the batches, and all return the result on all of them.
     """
 
     def __init__(
@@ -44,9 +45,9 @@ class Evaluator:
         compute_metrics: ComputeMetrics | None = None,
         greater_is_better: bool = True,
     ) -> None:
-        if compute_metrics is None and metric not in (*_KEYS, *LOSSES):
+        if compute_metrics is None and metric not in METRICS:
             raise ConfigError(
-                unknown("metric", metric, (*_KEYS, *LOSSES), "For another one pass compute_metrics=, as to Trainer.")
+                unknown("metric", metric, METRICS, "For another one pass compute_metrics=, as to Trainer.")
             )
         self.calibrator, self.metric, self.greater_is_better = calibrator, metric, greater_is_better
         self.key = metric if compute_metrics is not None else _KEYS.get(metric, metric)
@@ -55,7 +56,12 @@ class Evaluator:
             self.compute_metrics = _named(metric)
 
     def __call__(self, model: PreTrainedModel) -> float:
-        """The error of a model of the calibrator's class. NaN where a logit or the loss is NaN or infinite."""
+        """The error of a model of the calibrator's class, the lower the better. NaN as for [`measure`]."""
+        value = self.measure(model)
+        return 1 - value if self.compute_metrics is not None and self.greater_is_better else value
+
+    def measure(self, model: PreTrainedModel) -> float:
+        """The metric of a model of the calibrator's class. NaN where a logit or the loss is NaN or infinite."""
         measure = self._loss if self.compute_metrics is None else self._predictions
         with evaluating(model):
             mine = [
@@ -74,8 +80,7 @@ class Evaluator:
         results = self.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
         if self.key not in results:
             raise ConfigError(unknown("metric", self.key, results, "These are what compute_metrics returns."))
-        value = float(results[self.key])
-        return 1 - value if self.greater_is_better else value
+        return float(results[self.key])
 
     def _loss(self, model: PreTrainedModel, batch: Batch) -> tuple[float, int]:
         """The mean loss of a batch, and over how many labels it is a mean."""
@@ -103,7 +108,7 @@ class Evaluator:
 
 def _named(metric: str) -> ComputeMetrics:
     # Here, for they need packages that hf_prune does not.
-    from ..metrics import F1, Accuracy, Matthews, Spearman, compute_metrics_for
+    from .metrics import F1, Accuracy, Matthews, Spearman, compute_metrics_for
 
     found = {"accuracy": Accuracy, "f1": F1, "matthews": Matthews, "spearman": Spearman}[metric]()
     return compute_metrics_for(found)
