@@ -8,9 +8,11 @@ checkpoint is a file that a stranger may have written: what it claims is checked
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from .errors import LayoutError
 from .weight_masks import pack, unpack
@@ -35,6 +37,15 @@ def compressed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             shape = torch.tensor(tensor.shape)
             parts |= {name: tensor[keep], name + _BITS: pack(keep), name + _SHAPE: shape}
     return parts
+
+
+def is_compressed(folder: Path) -> bool:
+    """Whether a folder holds such a checkpoint."""
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            if any(name.endswith(_BITS) for name in file.keys()):
+                return True
+    return False
 
 
 class _Sparse:

@@ -508,6 +508,20 @@ class TestPrune:
         found = json.loads(run("inspect", tmp_path / "out", "--json")[1])
         assert (found["needs_hf_prune"], found["standalone"]) == (True, True)
 
+    def test_compressed(self, run, dense, texts, tmp_path):
+        argv = ["prune", dense, "--method", "wanda", "--sparsity", 0.75, "--dataset", texts, "--json"]
+        sizes = []
+        for extra in ([], ["--compressed"]):
+            folder = tmp_path / f"out{len(extra)}"
+            code, out, _ = run(*argv, *extra, "--output", folder)
+            found = json.loads(out)
+            assert code == 0 and (found["needs_hf_prune"], found["standalone"]) == (bool(extra), False)
+            assert json.loads(run("inspect", folder, "--json")[1])["needs_hf_prune"] == bool(extra)
+            sizes.append(benchmark.disk_bytes(folder))
+        assert sizes[1] < 0.8 * sizes[0]
+        code, out, err = run(*argv, "--compressed", "--standalone", "--output", tmp_path / "out")
+        assert (code, out) == (2, "") and "exclude each other" in err
+
     def test_standalone_where_none_is_needed(self, run, dense, tmp_path):
         argv = ["--method", "magnitude", "--budget", "macs=0.9", "--allocation", "uniform", "--standalone"]
         done = json.loads(run("prune", dense, *argv, "--output", tmp_path / "out", "--json")[1])

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         "sequence_lengths": table.lengths,
         "stacks": [_stack(model, table, stack) for stack in table.units.stacks.values()],
         "lowest_macs": _lowest_macs(table),
-        **how_it_loads(model.config),
+        **how_it_loads(model.config, name),
     }
     return found, _text(found)
 

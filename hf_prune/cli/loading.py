@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoProcessor, PreTrainedConfig, PreTrainedModel
 
+from ..compression import is_compressed
 from ..errors import ConfigError, PruningError
 from ..layout import KEY
 from ..offload import default_device
@@ -106,10 +107,11 @@ def load_processor(model: str) -> Any:
     return None
 
 
-def how_it_loads(config: PreTrainedConfig) -> dict[str, bool]:
+def how_it_loads(config: PreTrainedConfig, folder: str | Path) -> dict[str, bool]:
     """Whether a checkpoint needs `import hf_prune`, and whether it brings the code along for where that is missing."""
-    needs = getattr(config, KEY, None) is not None
-    return {"needs_hf_prune": needs, "standalone": needs and bool(getattr(config, "auto_map", None))}
+    shapes = getattr(config, KEY, None) is not None
+    needs = shapes or is_compressed(Path(folder))
+    return {"needs_hf_prune": needs, "standalone": shapes and bool(getattr(config, "auto_map", None))}
 
 
 def loading_sentence(loads: dict[str, bool]) -> str:
