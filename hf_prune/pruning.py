@@ -91,14 +91,14 @@ def prune(
                 max_samples=max_samples,
                 batch_size=batch_size,
                 max_length=max_length,
-                labels=pruner.needs_labels,
+                labels=pruner.wants_labels,
             )
-        if pruner.needs_labels and not calibrator.labels:
+        if pruner.wants_labels and not calibrator.labels:
             raise CalibrationError(f"{config.method} needs labels: make the Calibrator with labels=True.")
         if calibrator.model is not model:
             raise CalibrationError("The Calibrator was made for another model: make one for this model.")
     elif pruner.wants_data:
-        kind = "labelled" if pruner.needs_labels else "unlabelled"
+        kind = "labelled" if pruner.wants_labels else "unlabelled"
         raise CalibrationError(
             f"{config.method} with these options needs calibration data: pass data=, {kind} examples like those of "
             "the task."

@@ -8,7 +8,8 @@ import torch
 from tiny import tiny_batch, tiny_model
 
 import hf_prune
-from hf_prune import CalibrationError, InfeasibleBudgetError
+from hf_prune import CalibrationError, InfeasibleBudgetError, MaskError
+from hf_prune.selection import Selector
 
 BUDGET = {"macs": 0.8}
 METHODS = {
@@ -92,4 +93,17 @@ def test_less_than_one_head_and_one_neuron_a_layer_is_refused(method):
     config.budget = {"macs": 0.01}
     with pytest.raises(InfeasibleBudgetError, match=r"nearest feasible budget \{'macs'"):
         hf_prune.prune(model, config, data())
+    assert unchanged(model, state)
+
+
+@pytest.mark.parametrize("method", ["fisher", "flap", "magnitude"])
+def test_a_mask_that_the_family_can_not_lose_is_refused_before_weights_change(method, monkeypatch):
+    def none_of_the_first(self, values, counts):
+        return hf_prune.PruningMask({g.name: torch.zeros(g.size, dtype=torch.bool) for g in self.groups[:1]}, self.units)
+
+    monkeypatch.setattr(Selector, "_mask", none_of_the_first)
+    model, batches = tiny_model("gpt2"), [tiny_batch("gpt2", size=24, labels=True)]
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(MaskError, match="keep at least one"):
+        hf_prune.prune(model, METHODS[method], batches)
     assert unchanged(model, state)

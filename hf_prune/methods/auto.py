@@ -79,7 +79,10 @@ class AutoPruner(Pruner[AutoPruningConfig]):
     def __init__(self, config: AutoPruningConfig) -> None:
         super().__init__(config)
         self.candidates = [get_pruner(candidate.method)(candidate) for candidate in config.configs()]
-        self.needs_labels = any(pruner.needs_labels for pruner in self.candidates)  # type: ignore[misc]
+
+    @property
+    def wants_labels(self) -> bool:
+        return any(pruner.wants_labels for pruner in self.candidates)
 
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> PruningMask:
         assert calibrator is not None

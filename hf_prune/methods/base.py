@@ -187,7 +187,7 @@ class BasePruner(ABC, Generic[M]):
         config_class (`type`): Its config.
         kinds (`tuple[str, ...]`): The kinds of units that it prunes, if any.
         needs_data (`bool`): It needs calibration data, whatever its options.
-        needs_labels (`bool`): The data must have labels.
+        needs_labels (`bool`): The data must have labels, whatever its options.
         prunes_offloaded (`bool`): The weights of the model may be offloaded.
         paper ([`Paper`], *optional*): Its source.
         facts (`dict`): What a report shall say about a run beyond config and costs.
@@ -209,6 +209,11 @@ class BasePruner(ABC, Generic[M]):
     def wants_data(self) -> bool:
         """It needs calibration data with these options."""
         return self.needs_data
+
+    @property
+    def wants_labels(self) -> bool:
+        """The data must have labels with these options."""
+        return self.needs_labels
 
     @abstractmethod
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> Any:
@@ -307,7 +312,11 @@ class Pruner(BasePruner[C]):
             model, units, calibrator: As in [`~Pruner.prune`].
             mask ([`PruningMask`]): What stays.
             calls, moments (*optional*): Of the method's own pass over the data: they save one here.
+
+        Raises:
+            MaskError: This family can't lose what the mask prunes. No weight has changed.
         """
+        check_shrinkable(units, mask)
         recover = self.recovery(model, units)
         if recover == "none":
             return

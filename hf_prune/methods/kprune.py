@@ -24,7 +24,7 @@ from ..gates import LayerCalls, current_mask, detach_gate, record_calls, resume_
 from ..gradients import differentiate, mask_gradients
 from ..masks import PruningMask
 from ..reconstruction import Solution, walks
-from ..surgery import cut_layer
+from ..surgery import check_shrinkable, cut_layer
 from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, site
 from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
 
@@ -127,9 +127,11 @@ class KPrunePruner(Pruner[KPruneConfig]):
                     else:
                         walk.leave(small if any(not decided[g.name].all() for g in groups) else layer)
                 student.reaches(walk.stack, len(walk.layers), walk.student)
+            mask = PruningMask(decided, units)
+            check_shrinkable(units, mask)
             for name, solution in solutions.items():
                 solution.write(site(model, units[name]))
-        return PruningMask(decided, units)
+        return mask
 
 
 class _Student:

@@ -54,7 +54,7 @@ def order_units(
     units, base = prunable_units(model), base_model(model)
     calibrator = data
     if data is not None and not isinstance(data, Calibrator):
-        calibrator = Calibrator(model, data, labels=pruner.needs_labels, **options)
+        calibrator = Calibrator(model, data, labels=pruner.wants_labels, **options)
     if calibrator is None and pruner.needs_data:
         raise CalibrationError(f"{config.method} needs calibration data: pass data=.")
     selector = pruner.selector(model, units, calibrator)
