@@ -5,9 +5,11 @@ model computes, in the time of the shrunk one, and its backward pass writes into
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import MaskError
@@ -24,13 +26,13 @@ def subnetwork(model: PreTrainedModel, mask: PruningMask, units: PrunableUnits |
     """What a mask leaves of a model, on slices of its weights.
 
     Making one takes about as long as listing the modules; no weight is copied where what stays lies in one piece, as
-    the first k units do. It is for one backward pass: its slices are part of that autograd graph. In evaluation it
-    serves for any number of batches.
+    the first k units do. It serves for any number of batches, until the weights change: then copies do not.
 
-    Gradients are those of the masked model: they are added to `grad` of the model's parameters, 0 for what is cut, and
-    dropped layers get none. Hooks and gradient checkpointing work as in the model. It runs uncompiled, and without
-    the wrappers of mixed precision that Accelerate puts on a model: call it within `accelerator.autocast()`. DDP does
-    not see it: call it outside of the wrapper, and reduce the gradients.
+    Gradients are those of the masked model: `backward()` adds them to `grad` of the model's parameters, 0 for what is
+    cut, and dropped layers get none. (`torch.autograd.grad` does not see the model.) Hooks and gradient checkpointing
+    work as in the model. It runs uncompiled, and without the wrappers of mixed precision that Accelerate puts on a
+    model: call it within `accelerator.autocast()`. DDP does not see it: call it outside of the wrapper, and reduce the
+    gradients.
 
     Args:
         model (`PreTrainedModel`): The model. It is not changed.
@@ -57,16 +59,49 @@ def subnetwork(model: PreTrainedModel, mask: PruningMask, units: PrunableUnits |
     check_shrinkable(units, mask)
     shadow = _shadow(model, {})
     cut_model(shadow, units, mask, _sliced)
+    _spare_embeddings(shadow)
     return shadow
 
 
-def _sliced(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """Some entries of a parameter, differentiably; without a copy where they lie in one piece."""
+def _sliced(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
+    """Some entries of a parameter, without a copy where they lie in one piece."""
     count = len(index)
     first = int(index[0]) if count else 0
     if count == 0 or int(index[-1]) - first + 1 == count:  # indices ascend
-        return parameter.narrow(dim, first, count)
-    return parameter.index_select(dim, index.to(parameter.device))
+        part = parameter.detach().narrow(dim, first, count)
+        return _part(part, parameter, lambda whole, mine: whole.narrow(dim, first, count).add_(mine))
+    index = index.to(parameter.device)
+    part = parameter.detach().index_select(dim, index)
+    return _part(part, parameter, lambda whole, mine: whole.index_add_(dim, index, mine))
+
+
+def _spare_embeddings(model: PreTrainedModel) -> None:
+    """Let the gradient of the embeddings hold the tokens of the batch, not the whole vocabulary."""
+    table = model.get_input_embeddings()
+    if not isinstance(table, nn.Embedding) or table.scale_grad_by_freq:
+        return
+    weight = table.weight
+    if sum(p is weight for module in model.modules() for p in module._parameters.values()) == 1:
+        table.sparse = True
+        table._parameters["weight"] = _part(weight.detach(), weight, torch.Tensor.add_)
+
+
+def _part(part: torch.Tensor, whole: torch.Tensor, add: Callable[[torch.Tensor, torch.Tensor], Any]) -> nn.Parameter:
+    """Part of a parameter as one of its own, whose gradient goes to that of the whole one, with `add`.
+
+    A slice as an operation of the graph would make a gradient of the full size in each pass, most of it zeros.
+    """
+    parameter = nn.Parameter(part, requires_grad=whole.requires_grad)
+
+    def hand_over(parameter: torch.Tensor) -> None:
+        if whole.grad is None:
+            whole.grad = torch.zeros_like(whole)
+        add(whole.grad, parameter.grad)  # type: ignore[arg-type]
+        parameter.grad = None
+
+    if whole.requires_grad:
+        parameter.register_post_accumulate_grad_hook(hand_over)  # type: ignore[no-untyped-call]
+    return parameter
 
 
 def _shadow(module: Any, made: dict[int, Any]) -> Any:
@@ -77,7 +112,7 @@ def _shadow(module: Any, made: dict[int, Any]) -> Any:
             if isinstance(value, PreTrainedConfig):
                 value = made.setdefault(id(value), copy.copy(value))
             elif isinstance(value, dict):  # parameters, buffers, modules, hooks
-                value = copy.copy(value)
+                value = value.copy()
             if name not in _OF_THE_INSTANCE:
                 vars(shadow)[name] = value
         for name, child in module._modules.items():

@@ -105,6 +105,28 @@ def test_gradients_of_several_passes_add_up():
             assert_close(parameter.grad, sum(parts), atol=1e-6, rtol=1e-5)
 
 
+def test_gradients_of_parts_are_as_small_as_the_parts():
+    model, batch = no_dropout(tiny_model("bert")), tiny_batch("bert", labels=True)
+    space = hf_prune.SmallSpace(model)
+    table = model.get_input_embeddings()
+    model.classifier.weight.requires_grad_(False)
+    part = hf_prune.subnetwork(model, space.mask(space.smallest))
+    made = {}  # seen before they are handed over to the model
+    for name, parameter in part.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda gradient, name=name: made.update({name: gradient}))
+    for _ in range(2):
+        part(**batch).loss.backward()
+    rows = made.pop("bert.embeddings.word_embeddings.weight")._values()
+    assert len(rows) <= batch["input_ids"].numel()
+    assert all(gradient.numel() == part.get_parameter(name).numel() for name, gradient in made.items())
+    assert not table.sparse and not table.weight.grad.is_sparse and model.classifier.weight.grad is None
+    twice = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    _, once = loss_and_gradients(model, part, batch)
+    for name, gradient in twice.items():
+        assert_close(gradient, 2 * once[name], atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("name", ["bert", "gpt2", "bart"])
 def test_gradient_checkpointing(name, reentrant):
