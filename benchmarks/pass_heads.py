@@ -11,7 +11,8 @@ there is no dropout. Latencies are those of the shrunk models against the dense 
 with it: the whole model, and its attention modules.
 
 Each run is added to the results as soon as it ends, and what is there is not run again, so that several processes can
-share the work; beside the results a table is written (.md).
+share the work; beside the results a table is written (.md). `--step-time` only measures what a step of PASS costs
+beside one of a plain `Trainer`: both train in turns, a step each, on the same batches; the median of `--steps` ratios.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import copy
 import json
 import statistics
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +80,26 @@ def kprune(model: transformers.PreTrainedModel, data: list[dict], tokenizer, hea
     hf_prune.prune(model, config, data, processing_class=tokenizer)
 
 
+class Turns(transformers.TrainerCallback):
+    """Lets trainers in threads take turns, a step each, and notes the CPU time of each step."""
+
+    def __init__(self, mine: threading.Semaphore, next: threading.Semaphore) -> None:
+        self.mine, self.next, self.times = mine, next, []
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        self.mine.acquire()
+        self.started = time.process_time()
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.times.append(time.process_time() - self.started)
+        self.next.release()
+        self.mine.acquire()
+        self.started = time.process_time()
+
+    def on_train_end(self, *args, **kwargs) -> None:
+        self.next.release()
+
+
 def latency(dense: transformers.PreTrainedModel, small: transformers.PreTrainedModel, repeats: int) -> list[float]:
     """Time of `small` against `dense`, of the whole and of the attention modules, for 32 sentences of 25 tokens."""
     inputs = example_inputs(dense, batch_size=32, sequence_length=25)
@@ -135,24 +157,51 @@ class Benchmark:
                 right += int((model.eval()(**batch).logits.argmax(-1) == torch.tensor(rows.label.to_numpy())).sum())
         return 100 * right / len(self.dev)
 
+    def options(self, folder: str, seed: int) -> dict:
+        """Training arguments that all methods share."""
+        return {
+            "output_dir": folder,
+            "max_steps": self.args.steps,
+            "per_device_train_batch_size": self.args.batch_size,
+            "learning_rate": self.args.learning_rate,
+            "train_sampling_strategy": "group_by_length",
+            "seed": seed,
+            "save_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "use_cpu": True,
+        }
+
+    def step_time(self) -> float:
+        """Time of a step of PASS against one of a plain `Trainer`, in turns on the same batches."""
+        sample = self.train.sample(self.args.steps * self.args.batch_size, random_state=0)
+        data = {"train_dataset": self.encoded(sample), "processing_class": self.tokenizer}
+        first, second = threading.Semaphore(1), threading.Semaphore(0)
+        turns = [Turns(first, second), Turns(second, first)]
+        with tempfile.TemporaryDirectory() as scratch:
+            options = self.options(scratch, seed=0)
+            trainers = [
+                transformers.Trainer(copy.deepcopy(self.dense), transformers.TrainingArguments(**options), **data),
+                hf_prune.PassTrainer(
+                    copy.deepcopy(self.dense), hf_prune.PassTrainingArguments(**options, num_heads=8), **data
+                ),
+            ]
+            for trainer, turn in zip(trainers, turns, strict=True):
+                trainer.add_callback(turn)
+            threads = [threading.Thread(target=trainer.train) for trainer in trainers]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        return statistics.median(b / a for a, b in zip(*(turn.times[5:] for turn in turns), strict=True))
+
     def run(self, method: str, target: float, seed: int) -> dict:
         args, model = self.args, copy.deepcopy(self.dense)
         sample = self.train.sample(min(args.steps * args.batch_size, len(self.train)), random_state=seed)
         calibration = sample[: args.sentences].to_dict("records")
         started, one_shot = time.process_time(), None
         with tempfile.TemporaryDirectory() as scratch:
-            options = {
-                "output_dir": scratch,
-                "max_steps": args.steps,
-                "per_device_train_batch_size": args.batch_size,
-                "learning_rate": args.learning_rate,
-                "train_sampling_strategy": "group_by_length",
-                "seed": seed,
-                "save_strategy": "no",
-                "logging_strategy": "no",
-                "disable_tqdm": True,
-                "use_cpu": True,
-            }
+            options = self.options(scratch, seed)
             data = {"train_dataset": self.encoded(sample), "processing_class": self.tokenizer}
             if method in ("fisher", "kprune"):
                 {"fisher": fisher, "kprune": kprune}[method](model, calibration, self.tokenizer, int(target))
@@ -225,7 +274,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--train", required=True)
     parser.add_argument("--dev", required=True)
-    parser.add_argument("--results", type=Path, required=True)
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--step-time", action="store_true")
     parser.add_argument("--heads", type=int, nargs="+", default=[36, 18, 8, 4])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--l0", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
@@ -242,6 +292,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     benchmark = Benchmark(args)
+    if args.step_time:
+        print(f"A step of PASS takes {benchmark.step_time():.3f} times one of a plain Trainer.")
+        return
+    if args.results is None:
+        parser.error("--results is missing")
     budget = {
         name: getattr(args, name) for name in ("steps", "batch_size", "max_length", "learning_rate", "sentences")
     }

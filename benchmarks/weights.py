@@ -3,13 +3,15 @@
     python benchmarks/weights.py --model MODEL --train wiki.train.tokens.gz --valid wiki.valid.tokens.gz \\
         --methods wanda:0.5 wanda:2:4 sparsegpt:0.5 wanda:0.6:owl --results weights.json
 
-A method is NAME:SPARSITY or NAME:N:M, with `:owl` behind it for OWL's ratios, or `:paper` for SparseGPT's threshold.
+A method is NAME:SPARSITY or NAME:N:M, with `:owl` behind it for OWL's ratios, `:paper` for SparseGPT's threshold, and
+any option that is a number, such as `ria:0.5:alpha=1`.
 Calibration: 16 windows of 512 tokens, the first of the characters 200,000 to 500,000 of the training text.
 Perplexity: 4 windows of 1,024 tokens, the first of the first 60,000 characters of the validation text. With
 `--recover N`, LoRA (r = 8, all pruned projections) then trains N steps on one window each, behind the calibration
 windows, and merges; every zero is checked. Each result is added to the file at once, and what it holds is not run
 again. `--time` sets CPU seconds of the pruning against plain passes: the calibration windows through embeddings and
-blocks, without the head, timed just before and just after. `--table` only prints what the file holds.
+blocks, without the head, timed just before and just after. `--table` only prints what the file holds. `--blocks 0.5`
+sets the perplexity (of the first window) where Wanda prunes one block alone to 50 % against OWL's outlier share of it.
 """
 
 import argparse
@@ -20,11 +22,15 @@ import pathlib
 import resource
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 import transformers
 
 import hf_prune
+from hf_prune.blockwise import BlockWalk, weight_matrices
+from hf_prune.methods.owl import outlier_share
+from hf_prune.methods.weights import keep_highest, square_sum, wanda_score
 from hf_prune.metrics import perplexity
 
 
@@ -33,22 +39,30 @@ def read(path: str) -> str:
     return (gzip.decompress(data) if path.endswith(".gz") else data).decode()
 
 
-def config(method: str) -> hf_prune.MethodConfig:
+def parts(method: str) -> tuple[str, list[str], list[str]]:
+    """The name of a method, how much it prunes, and its other options."""
     name, *options = method.split(":")
-    extra = {"owl": {"ratios": "owl"}, "paper": {"threshold": "paper"}}.get(options[-1], {})
-    options = options[: len(options) - len(extra)]
-    much = {"pattern": ":".join(options)} if len(options) == 2 else {"sparsity": float(options[0])}
-    return hf_prune.MethodConfig.from_dict({"method": name, **much, **extra})
+    much = [option for option in options if option.replace(".", "").isdigit()]
+    return name, much, options[len(much) :]
+
+
+def config(method: str) -> hf_prune.MethodConfig:
+    name, much, options = parts(method)
+    values: dict[str, object] = {"pattern": ":".join(much)} if len(much) == 2 else {"sparsity": float(much[0])}
+    for option in options:
+        key, _, number = option.partition("=")
+        values |= {"owl": {"ratios": "owl"}, "paper": {"threshold": "paper"}}.get(key) or {key: float(number)}
+    return hf_prune.MethodConfig.from_dict({"method": name, **values})
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """Methods as rows, how much was pruned as columns: perplexity, and behind an arrow that after recovery."""
     cells: dict[str, dict[str, str]] = {}
     for method, found in results.items():
-        name, *options = method.split(":")
-        extra = f" + {options.pop()}" if options and options[-1] in ("owl", "paper") else ""
+        name, much, options = parts(method)
         recovered = f" → {found['recovered']:.2f}" if "recovered" in found else ""
-        cells.setdefault(name + extra, {})[":".join(options)] = f"{found['perplexity']:.2f}{recovered}"
+        row = cells.setdefault(" + ".join([name, *options]), {})
+        row[":".join(much)] = f"{found['perplexity']:.2f}{recovered}"
     amounts = sorted({amount for row in cells.values() for amount in row if amount})
     lines = [["", *amounts], ["---"] * (len(amounts) + 1)]
     lines += [[name, *(row.get(amount, "") for amount in amounts)] for name, row in cells.items() if name != "dense"]
@@ -76,6 +90,32 @@ def recover(
     mask.check(model)
 
 
+def blocks(
+    model: transformers.PreTrainedModel,
+    data: list[dict],
+    sparsity: float,
+    quality: Callable[[transformers.PreTrainedModel], float],
+) -> list[tuple[float, float]]:
+    """For each block OWL's outlier share, and the perplexity with this block alone pruned by Wanda."""
+    units = hf_prune.prunable_units(model)
+    walk = BlockWalk(
+        model, units, weight_matrices(model, units), hf_prune.Calibrator(model, data), square_sum, changes=False
+    )
+    rows = []
+    with torch.no_grad():
+        visited = list(walk.visit())
+    for block, sums in visited:
+        scores = {m: wanda_score(m.of(model), sums[m.name].total) for m in block.matrices}
+        dense = {m: m.of(model).clone() for m in block.matrices}
+        for m, score in scores.items():
+            m.of(model).masked_fill_(~keep_highest(score, sparsity), 0)
+        rows.append((outlier_share(torch.cat([score.flatten() for score in scores.values()])), quality(model)))
+        for m, weight in dense.items():
+            m.of(model).copy_(weight)
+        print(f"block {block.layer}: outlier share {rows[-1][0]:.4f}, perplexity {rows[-1][1]:.3f}", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -86,6 +126,7 @@ def main() -> None:
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--time", action="store_true")
+    parser.add_argument("--blocks", type=float, metavar="SPARSITY")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -106,8 +147,14 @@ def main() -> None:
     data = [{"input_ids": row} for row in windows[:16]]
     valid = [read(args.valid)[:60_000]]
 
-    def quality(model: transformers.PreTrainedModel) -> float:
-        return perplexity(model, tokenizer, valid, window=1024, max_tokens=4096)
+    def quality(model: transformers.PreTrainedModel, tokens: int = 4096) -> float:
+        return perplexity(model, tokenizer, valid, window=1024, max_tokens=tokens)
+
+    if args.blocks is not None:
+        alone = torch.tensor(blocks(dense, data, args.blocks, lambda model: quality(model, 1024)))
+        ranks = torch.corrcoef(alone.argsort(0).argsort(0).T.double())[0, 1]
+        print(f"rank correlation of outlier share and perplexity: {ranks:.2f}")
+        return
 
     def plain_pass() -> float:
         started = time.process_time()

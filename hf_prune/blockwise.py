@@ -22,7 +22,7 @@ from .errors import CalibrationError, ConfigError
 from .matrices import Matrix
 from .offload import is_offloaded
 from .processes import process_state
-from .weight_masks import WeightMask, pack
+from .weight_masks import WeightMask, pack, unpack
 
 logger = logging.get_logger(__name__)
 
@@ -51,7 +51,7 @@ def prune_blocks(
     bits: dict[str, torch.Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     rows: list[dict[str, Any]] = []
-    originals: dict[str, torch.Tensor] = {}
+    undo: dict[Matrix, tuple[torch.Tensor, torch.Tensor]] = {}  # where a matrix changes, packed, and what was there
     offloaded, started, done = is_offloaded(model), False, 0
     try:
         with torch.no_grad(), closing(walk.visit()) as visits:
@@ -65,14 +65,17 @@ def prune_blocks(
                 for matrix in block.matrices:
                     weight = matrix.of(model)
                     zeros = weight.numel() - int(weight.count_nonzero())
-                    if not offloaded:
-                        originals[matrix.name] = dense[matrix.name].to("cpu", copy=True)
                     if saved is not None:
-                        dense[matrix.name].copy_(saved[matrix.name])
+                        new = saved[matrix.name].T if matrix.transposed else saved[matrix.name]
+                        new = new.to(weight.device)
                         bits[matrix.name] = saved[f"{matrix.name}:keep"]
                     else:
-                        keep = _solved(matrix, weight, sums.get(matrix.name), solve)
+                        keep, new = _solved(matrix, weight, sums.get(matrix.name), solve)
                         bits[matrix.name] = pack(keep.T if matrix.transposed else keep)
+                    if not offloaded:
+                        changed = weight != new
+                        undo[matrix] = pack(changed), weight[changed].cpu()
+                    weight.copy_(new)
                     shapes[matrix.name] = tuple(dense[matrix.name].shape)
                     rows.append(
                         {"name": matrix.name, "stack": matrix.stack, "layer": matrix.layer, "size": weight.numel()}
@@ -83,8 +86,9 @@ def prune_blocks(
                 done += 1
     except BaseException:
         with torch.no_grad():
-            for name, original in originals.items():
-                model.get_parameter(name).copy_(original)
+            for matrix, (changed, before) in undo.items():
+                weight = matrix.of(model)
+                weight[unpack(changed, tuple(weight.shape)).to(weight.device)] = before.to(weight.device)
         if offloaded and started:
             logger.error(
                 f"{done} of {len(walk.blocks)} blocks are pruned already, the next perhaps in part: load the model "
@@ -99,18 +103,15 @@ def _solved(
     weight: torch.Tensor,
     observed: InputSum | None,
     solve: Callable[[Matrix, torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
-) -> torch.Tensor:
-    """Prune one matrix in place: what stays."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prune one matrix: what stays, and the new matrix."""
     if observed is not None and not observed.count:
         logger.warning(f"No token of the calibration data reached {matrix.module}: it is left as it is.")
-        return torch.ones_like(weight, dtype=torch.bool)
+        return torch.ones_like(weight, dtype=torch.bool), weight
     keep, new = solve(matrix, weight, observed.total if observed is not None else None)
-    if new is not weight:
-        if not new.isfinite().all():
-            raise CalibrationError(f"The new weights of {matrix.module} are not finite: give more data.")
-        weight.copy_(new)
-    weight.masked_fill_(~keep, 0)
-    return keep
+    if new is not weight and not new.isfinite().all():
+        raise CalibrationError(f"The new weights of {matrix.module} are not finite: give more data.")
+    return keep, new.to(weight.dtype).masked_fill(~keep, 0)
 
 
 def _log_memory(model: PreTrainedModel, walk: BlockWalk, sums: Mapping[str, InputSum], offloaded: bool) -> None:
@@ -121,7 +122,7 @@ def _log_memory(model: PreTrainedModel, walk: BlockWalk, sums: Mapping[str, Inpu
     parts = {
         "hidden states" + (" on disk" if walk.folder else ""): walk.hidden_bytes,
         "statistics": sum(s.total.nbytes for s in sums.values()),
-        "dense weights, kept until the end": 0 if offloaded else weights * model.dtype.itemsize,
+        "dense weights that change, kept until the end, at most": 0 if offloaded else weights * model.dtype.itemsize,
         "the mask": weights // 8,
     }
     listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items() if size)

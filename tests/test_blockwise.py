@@ -20,7 +20,7 @@ from hf_prune import (
     WandaConfig,
     WeightMagnitudeConfig,
 )
-from hf_prune.methods import WandaPruner
+from hf_prune.methods import SparseGPTPruner, WandaPruner
 from hf_prune.methods.weights import keep_highest, wanda_score
 from hf_prune.units import base_model
 
@@ -191,9 +191,9 @@ class TestOffloading:
         assert masks[0] == masks[1] and not list(tmp_path.iterdir())
 
 
-def fail_at(monkeypatch, count, error=RuntimeError):
-    """Let Wanda fail at the count-th matrix."""
-    solve, calls = WandaPruner.solve, []
+def fail_at(monkeypatch, count, error=RuntimeError, pruner=WandaPruner):
+    """Let Wanda (or another method) fail at the count-th matrix."""
+    solve, calls = pruner.solve, []
 
     def failing(self, *args):
         calls.append(1)
@@ -201,7 +201,7 @@ def fail_at(monkeypatch, count, error=RuntimeError):
             raise error("stop")
         return solve(self, *args)
 
-    monkeypatch.setattr(WandaPruner, "solve", failing)
+    monkeypatch.setattr(pruner, "solve", failing)
 
 
 class TestInterruptions:
@@ -219,6 +219,16 @@ class TestInterruptions:
         hf_prune.prune(
             model, WandaConfig(sparsity=0.5), self.data
         )  # nothing hangs on it that would hinder another run
+
+    def test_the_model_is_as_it_was_where_all_weights_had_changed(self, monkeypatch, tmp_path):
+        model = tiny_model("gpt2")  # whose matrices are transposed
+        dense, data = weights(model), [tiny_batch("gpt2", size=8, seed=seed) for seed in range(2)]
+        for count in (7, 3):  # the second time behind blocks of the first run
+            with monkeypatch.context() as patch:
+                fail_at(patch, count, pruner=SparseGPTPruner)
+                with pytest.raises(RuntimeError):
+                    hf_prune.prune(model, SparseGPTConfig(sparsity=0.5, checkpoint_dir=str(tmp_path)), data)
+            assert same(weights(model), dense) and list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("options", [{}, {"ratios": "owl"}])
     def test_a_run_continues_and_ends_bit_equal(self, monkeypatch, tmp_path, options):

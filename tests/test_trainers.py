@@ -451,6 +451,30 @@ def test_hyperparameter_search(tmp_path):
     assert len(kept) == 2 and kept[0] == 2 and best.hyperparameters["num_heads"] in kept
 
 
+@pytest.mark.parametrize("cls", ["Pruning", "Pass"])
+def test_a_search_that_raises_the_weight_of_distillation_finds_a_teacher(cls, tmp_path):
+    pytest.importorskip("optuna")
+    options = {"num_heads": 3} if cls == "Pass" else {}
+    args_class = getattr(hf_prune, f"{cls}TrainingArguments")
+    args = arguments("bert", tmp_path, args_class, max_steps=2, eval_strategy="steps", **options)
+    data = {"train_dataset": examples("bert"), "eval_dataset": examples("bert", 8)}
+    weights, teachers, batch = [0.0, 0.5, 2.0], [], tiny_batch("bert")
+
+    class Spy(T.TrainerCallback):
+        def on_train_end(self, args, state, control, model=None, **kwargs):
+            teachers.append(trainer.teacher_model)
+
+    trainer = getattr(hf_prune, f"{cls}Trainer")(
+        None, args, model_init=lambda: tiny_model("bert"), callbacks=[Spy()], **data
+    )
+    with pytest.raises(ConfigError, match="distillation_weight must be from 0 to 1, got 2.0"):
+        trainer.hyperparameter_search(
+            lambda trial: {"distillation_weight": weights[trial.number]}, n_trials=3, backend="optuna"
+        )
+    assert teachers[0] is None
+    assert_close(logits(teachers[1], batch), logits(tiny_model("bert"), batch))
+
+
 def test_collators_callbacks_and_trackers(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(99)}, unk_token="w1"))

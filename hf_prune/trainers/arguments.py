@@ -34,6 +34,10 @@ class PruningTrainingArguments(TrainingArguments):  # type: ignore[misc]  # tran
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.check_distillation()
+
+    def check_distillation(self) -> None:
+        """Raise unless the options of distillation are in range."""
         if not 0 <= self.distillation_weight <= 1:
             raise ConfigError(f"distillation_weight must be from 0 to 1, got {self.distillation_weight!r}.")
         check_positive(distillation_temperature=self.distillation_temperature)

@@ -88,7 +88,7 @@ class DistillingTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if self.teacher_model is None or not model.training:
+        if self.teacher_model is None or not self.args.distillation_weight or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         given = dict(inputs)  # label smoothing takes the labels out
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)

@@ -70,7 +70,8 @@ class PruningTrainer(DistillingTrainer):
     Args:
         args ([`PruningTrainingArguments`]): Its arguments.
         teacher_model (`PreTrainedModel`, *optional*): Where `args.distillation_weight` is above 0, whose logits the
-            model learns. Defaults to a copy of the dense model as it is now.
+            model learns. Defaults to a copy of the dense model as it is now, or at the first trial of a
+            hyper-parameter search with such a weight.
         others: See `Trainer`.
 
     Raises:
@@ -105,13 +106,24 @@ class PruningTrainer(DistillingTrainer):
             # Trackers log these evaluations too: they are ready by then, and not yet closed.
             self.callback_handler.callbacks.append(_Before(self))
             self.callback_handler.callbacks.insert(0, _After(self))
-        if self.args.distillation_weight:
-            if teacher_model is None:
-                teacher_model = copy.deepcopy(self.model)
-                remove_mask(teacher_model)
+        if teacher_model is None:
+            self._find_teacher()
+        elif self.args.distillation_weight:
             self.learn_from(teacher_model)
-        elif teacher_model is not None:
+        else:
             raise ConfigError("A teacher_model needs a distillation_weight above 0 in the arguments.")
+
+    def _find_teacher(self) -> None:
+        """Let the dense model teach, where one is needed and there is none."""
+        if self.args.distillation_weight and self.teacher_model is None:
+            teacher = copy.deepcopy(self.model)
+            remove_mask(teacher)
+            self.learn_from(teacher)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        super()._hp_search_setup(trial)
+        self.args.check_distillation()  # a trial sets it past the constructor
+        self._find_teacher()
 
     @property
     def method(self) -> str:
