@@ -1,87 +1,41 @@
-"""One and two processes find the same mask and the same weights."""
+"""One and two processes find the same masks, weights, gates and fronts: see launched.py."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
+from torch.testing import assert_close
 
-SCRIPT = """
-import copy
-import sys
-from itertools import product
-from pathlib import Path
-
-import torch
-from tiny import parameters_as_time, tiny_batch, tiny_model
-from transformers import AutoModelForQuestionAnswering
-
-import hf_prune
-import hf_prune.processes
-import hf_prune.latency
-
-out = Path(sys.argv[1])
-state = hf_prune.processes.process_state()
-CONFIGS = {
-    "kcm": hf_prune.KCMConfig(budget={"macs": 0.85}),
-    "magnitude": hf_prune.MagnitudeConfig(budget={"macs": 0.8}),
-    "flap": hf_prune.FLAPConfig(budget={"macs": 0.8}),
-    "layer_drop": hf_prune.LayerDropConfig(budget={"macs": 0.75}),
-    "shallow": hf_prune.MagnitudeConfig(budget={"macs": 0.6}, drop_layers=1, recover="lstsq"),
-    "random": hf_prune.RandomConfig(budget={"macs": 0.8}, seed=1),
-    "fisher": hf_prune.FisherConfig(budget={"macs": 0.8}),
-    "fisher-paper": hf_prune.FisherConfig(budget={"macs": 0.8}, per_sample=True, recover="scale"),
-    "kprune": hf_prune.KPruneConfig(budget={"macs": 0.8}, mu=8.0),
-    "wanda": hf_prune.WandaConfig(sparsity=0.5, ratios="owl", checkpoint_dir=str(out / "blocks")),
-    "sparsegpt": hf_prune.SparseGPTConfig(sparsity=0.5),
-    "latency": hf_prune.MagnitudeConfig(budget={"latency": 0.9}),
-}
-hf_prune.layer_timing._clocked = parameters_as_time
-if not state.is_main_process:
-    hf_prune.methods.base.latency_table = None  # it alone measures
-RUNS = [(*run, None) for run in product(("bert", "llama", "bart"), CONFIGS)]
-RUNS += [("bert", label, AutoModelForQuestionAnswering) for label in ("fisher", "kprune")]
-for name, label, auto in RUNS:
-    config = copy.deepcopy(CONFIGS[label])
-    if label == "wanda":
-        config.checkpoint_dir += f"-{name}-{state.num_processes}"
-    labels = "fisher" in label
-    # An odd number of batches.
-    data = [tiny_batch(name, size=8, padded=True, seed=seed, labels=labels) for seed in range(5)]
-    if auto:
-        for batch in data:
-            batch.pop("labels", None)
-            batch |= {"start_positions": torch.arange(8) % 3, "end_positions": torch.arange(8) % 3 + 1}
-    model = hf_prune.prunable(tiny_model(name, auto))
-    result = model.prune(config, data)
-    assert result.report.processes == state.num_processes
-    calibrator = result.report.calibration
-    if hf_prune.current_mask(model) is not None:
-        model.shrink()
-    mine = f"{name}-{label}-{bool(auto)}-{state.num_processes}-{state.process_index}"
-    torch.save((dict(result.mask), model.state_dict(), calibrator), out / mine)
-"""
+HERE = Path(__file__).parent
 
 
-def test_two_processes_agree_with_one(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT)
-    here = Path(__file__).parent
-    env = {
-        **os.environ,
-        "PYTHONPATH": f"{here}:{here.parent}",
-        "OMP_NUM_THREADS": "1",
-        "HF_PRUNE_CACHE": str(tmp_path),
-    }
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command in ([sys.executable], two):
-        done = subprocess.run([*command, script, tmp_path], env=env, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """For the name of a run what came of it in one process, and in both of two."""
+    folder = tmp_path_factory.mktemp("distributed")
+    path = os.pathsep.join([str(HERE), str(HERE.parent)])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_PRUNE_CACHE": str(folder)}
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for launcher in ([], two):
+        command = [sys.executable, *launcher, HERE / "launched.py", folder]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-3000:]
-    runs = {path.name[: -len("-1-0")] for path in tmp_path.glob("*-1-0")}
+    return lambda name: [folder / f"{name}{who}" for who in ("-1-0", "-2-0", "-2-1")]
+
+
+@pytest.fixture
+def loaded(results):
+    return lambda name: [torch.load(path) for path in results(name)]
+
+
+def test_pruning(results, loaded):
+    runs = {path.name.removesuffix("-1-0") for path in results("")[0].parent.glob("prune-*-1-0")}
     assert len(runs) == 38
     for run in runs:
-        one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
+        one, first, second = loaded(run)
         assert one[0].keys() == first[0].keys() == second[0].keys()
         for key, keep in one[0].items():
             assert torch.equal(keep, first[0][key]) and torch.equal(keep, second[0][key]), key
@@ -89,3 +43,27 @@ def test_two_processes_agree_with_one(tmp_path):
         for key, weight in one[1].items():
             assert torch.equal(first[1][key], second[1][key]), key
             assert torch.allclose(weight, first[1][key], atol=2e-3), key
+
+
+@pytest.mark.parametrize("run", ["bert-1", "bert-2", "llama-2"])
+def test_gates(loaded, run):
+    one, first, second = loaded(f"gates-{run}")
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert one[1] == first[1] == second[1]
+    for mine, theirs in zip(one[0], first[0], strict=True):
+        assert_close(mine, theirs, atol=1e-3, rtol=0)
+    assert all(torch.equal(value, second[2][key]) for key, value in first[2].items())
+
+
+@pytest.mark.parametrize("run", ["bert-full", "bert-linear_random", "llama-kd"])
+def test_super_networks(loaded, run):
+    one, first, second = loaded(f"supernet-{run}")
+    assert one[1] == pytest.approx(first[1], rel=1e-3)
+    for key, value in one[0].items():
+        assert torch.equal(first[0][key], second[0][key]), key
+        assert_close(first[0][key], value, atol=1e-5, rtol=1e-4)
+
+
+def test_search(results):
+    one, first, second = (path.read_text() for path in results("search"))
+    assert one == first == second

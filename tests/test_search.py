@@ -507,32 +507,6 @@ class TestStandardNAS:
             hf_prune.standard_nas(MODEL, SPACE, make, metric="accuracy")
 
 
-SCRIPT = """
-import json, sys
-from pathlib import Path
-from test_search import DATA, search
-from hf_prune.processes import process_state
-fronts = [search(DATA, metric=metric, num_samples=6, method="nsga2") for metric in ("accuracy", "loss")]
-state = process_state()
-text = json.dumps([[(p.member, p.error) for p in front.evaluated] for front in fronts])
-Path(sys.argv[1], f"{state.num_processes}-{state.process_index}").write_text(text)
-"""
-
-
-def test_two_processes_find_what_one_finds(tmp_path):
-    here = Path(__file__).parent
-    (tmp_path / "run.py").write_text(SCRIPT)
-    env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
-    two = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command in ([], two):
-        done = subprocess.run(
-            [sys.executable, *command, tmp_path / "run.py", tmp_path], env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, first, second = ((tmp_path / name).read_text() for name in ("1-0", "2-0", "2-1"))
-    assert one == first == second
-
-
 @pytest.mark.slow
 def test_the_example(reader):
     root = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as T
 from test_slicing import no_dropout
-from test_trainers import NO_DROPOUT, arguments, examples, run_in_one_and_two_processes
+from test_trainers import NO_DROPOUT, arguments, examples
 from tiny import SEQ2SEQ, tiny_model
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -281,40 +281,3 @@ def test_arguments_from_the_command_line():
     parser = T.HfArgumentParser(hf_prune.SuperNetTrainingArguments)
     (args,) = parser.parse_args_into_dataclasses(["--output_dir", "x", "--strategy", "kd", "--temperature", "4"])
     assert (args.strategy, args.temperature, args.num_subnetworks, args.search_space) == ("kd", 4.0, 2, "small")
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-
-import torch
-from test_slicing import no_dropout
-from test_supernet import make_trainer
-from tiny import tiny_model
-
-out = Path(sys.argv[1])
-for name, strategy, accumulate in (("bert", "full", 1), ("bert", "linear_random", 2), ("llama", "kd", 2)):
-    trainer = make_trainer(
-        name, out / "run", no_dropout(tiny_model(name)), strategy=strategy, learning_rate=1e-3,
-        per_device_train_batch_size=4 // int(sys.argv[2]), gradient_accumulation_steps=accumulate, max_steps=4,
-        train_sampling_strategy="sequential", optim="sgd",
-        average_tokens_across_devices=name != "bert",  # Trainer would double the loss of a BERT, a mean already
-    )
-    trainer.evaluate()
-    trainer.train()
-    world, rank = trainer.args.world_size, trainer.args.process_index
-    assert world == int(sys.argv[2])
-    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    torch.save((trainer.model.state_dict(), norms), out / f"{name}-{strategy}-{world}-{rank}")
-    trainer.save_model()
-"""
-
-
-def test_two_processes_train_the_same_network_as_one(tmp_path):
-    run_in_one_and_two_processes(SCRIPT, tmp_path)
-    for run in ("bert-full", "bert-linear_random", "llama-kd"):
-        one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
-        assert one[1] == pytest.approx(first[1], rel=1e-3)
-        for key, value in one[0].items():
-            assert torch.equal(first[0][key], second[0][key]), key
-            assert_close(first[0][key], value, atol=1e-5, rtol=1e-4)

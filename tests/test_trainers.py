@@ -1,10 +1,6 @@
 """Pruning inside Trainer: exactly K heads, masked == shrunk == reloaded, exact resume, two processes."""
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -716,58 +712,3 @@ def test_distillation_loss():
     assert_close(loss(torch.tensor([[1.0]]), torch.tensor([[3.0]])), torch.tensor(4.0))
     with pytest.raises(ConfigError, match="must predict the same classes"):
         loss(student, teacher[..., :4])
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-
-import torch
-from test_trainers import NO_DROPOUT, gate_values, make_trainer
-from tiny import tiny_model
-
-out = Path(sys.argv[1])
-for name in ("bert", "llama"):
-    for accumulate in (1, 2) if name == "bert" else (2,):
-        options = dict(eval_strategy="steps", eval_steps=4) if accumulate == 1 else dict(concentrate=True, reopen=True)
-        trainer = make_trainer(
-            name, out / "run", tiny_model(name, **NO_DROPOUT), per_device_train_batch_size=4 // int(sys.argv[2]),
-            gradient_accumulation_steps=accumulate, train_sampling_strategy="sequential", optim="sgd",
-            average_tokens_across_devices=name != "bert",  # Trainer would double the loss of a BERT, a mean already
-            **options,
-        )
-        values = gate_values(trainer)
-        if name == "bert":
-            trainer.evaluate()
-        trainer.train()
-        world, rank = trainer.args.world_size, trainer.args.process_index
-        assert world == int(sys.argv[2])
-        mask = trainer.pruning_mask().to_dict()
-        torch.save((values, mask, trainer.model.state_dict()), out / f"{name}-{accumulate}-{world}-{rank}")
-        trainer.save_model()
-"""
-
-
-def run_in_one_and_two_processes(text, folder):
-    """Run a script with (folder, number of processes) as its arguments."""
-    script = folder / "run.py"
-    script.write_text(text)
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}", "OMP_NUM_THREADS": "1"}
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    for command, processes in (([sys.executable], "1"), (two, "2")):
-        done = subprocess.run(
-            [*command, script, folder, processes], env=env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_two_processes_train_the_same_gates_as_one(tmp_path):
-    run_in_one_and_two_processes(SCRIPT, tmp_path)
-    for run in ("bert-1", "bert-2", "llama-2"):
-        one, first, second = (torch.load(tmp_path / f"{run}{end}") for end in ("-1-0", "-2-0", "-2-1"))
-        assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
-        assert one[1] == first[1] == second[1]
-        for mine, theirs in zip(one[0], first[0], strict=True):
-            assert_close(mine, theirs, atol=1e-3, rtol=0)
-        assert all(torch.equal(value, second[2][key]) for key, value in first[2].items())
