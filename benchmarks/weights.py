@@ -28,7 +28,8 @@ import torch
 import transformers
 
 import hf_prune
-from hf_prune.blockwise import BlockWalk, weight_matrices
+from hf_prune.block_walk import BlockWalk
+from hf_prune.matrices import weight_matrices
 from hf_prune.methods.owl import outlier_share
 from hf_prune.methods.weights import keep_highest, square_sum, wanda_score
 from hf_prune.metrics import perplexity
