@@ -16,7 +16,6 @@ from hf_prune import cli
 from hf_prune.errors import ConfigError, SaveError
 from hf_prune.hub.card import MARKER
 
-pytestmark = pytest.mark.xdist_group("push")  # one process, one client
 HERE = Path(__file__).parent
 ALWAYS = {".gitattributes", "README.md", "config.json", "model.safetensors", "pruning_layers.png"}
 ALWAYS |= {"pruning_mask.safetensors", "pruning_report.json"}
