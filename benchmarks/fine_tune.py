@@ -40,6 +40,7 @@ def main() -> None:
         warmup_steps=0.1,
         lr_scheduler_type="linear",
         save_strategy="no",
+        logging_steps=50,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )
