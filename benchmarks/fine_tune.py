@@ -10,7 +10,7 @@ import argparse
 
 import torch
 import transformers
-from tasks import TASKS, inputs, run
+from tasks import TASKS, inputs, run, up_to
 
 
 def main() -> None:
@@ -21,6 +21,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=512, help="leave out examples of more tokens")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
 
@@ -29,7 +30,7 @@ def main() -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     transformers.set_seed(0)
     model = task.auto.from_pretrained(args.model, **task.options)
-    train, dev = (task.read(path, tokenizer) for path in (args.train, args.dev))
+    train, dev = (up_to(args.longest, task.read(path, tokenizer)) for path in (args.train, args.dev))
     options = transformers.TrainingArguments(
         args.output,
         num_train_epochs=args.epochs,
@@ -39,6 +40,7 @@ def main() -> None:
         warmup_steps=0.1,
         lr_scheduler_type="linear",
         save_strategy="no",
+        logging_steps=50,
         report_to="none",
         use_cpu=not torch.cuda.is_available(),
     )

@@ -25,7 +25,7 @@ from typing import Any
 import pandas
 import torch
 import transformers
-from tasks import TASKS, batches, gap, inputs, run
+from tasks import TASKS, batches, gap, inputs, run, up_to
 
 import hf_prune
 from hf_prune.benchmark import measure_latency
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a method without chance takes one")
     parser.add_argument("--samples", type=int, default=2048)
     parser.add_argument("--few", type=int, default=794)
-    parser.add_argument("--dev-samples", type=int, help="score on the first so many dev examples")
+    parser.add_argument("--longest", type=int, default=512, help="leave out examples of more tokens")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "one_shot.jsonl")
     parser.add_argument("--table", type=Path, help="write the table of the results, and run nothing")
     args = parser.parse_args()
@@ -66,8 +66,8 @@ def measure(args: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     task, tokenizer = TASKS[args.task], transformers.AutoTokenizer.from_pretrained(args.model)
     dense = task.auto.from_pretrained(args.model).eval()
-    train, dev = (task.read(path, tokenizer) for path in (args.train, args.dev))
-    dev = dev[: args.dev_samples]
+    train, dev = (up_to(args.longest, task.read(path, tokenizer)) for path in (args.train, args.dev))
+    length = statistics.mean(len(example["input_ids"]) for example in dev)
     outputs = run(dense, dev, tokenizer)
     known, plain = {tuple(row[key] for key in KEYS) for row in read(args.results)}, dict[tuple[int, int], float]()
     args.results.parent.mkdir(exist_ok=True)
@@ -82,7 +82,7 @@ def measure(args: argparse.Namespace) -> None:
         note({**label, "method": "dense", "macs": 1.0, "samples": 0, "seed": 0, "score": task.score(outputs, dev)})
     for method, macs in ((method, macs) for method in args.methods for macs in args.macs):
         name, _, recover = method.partition(":")
-        options = {"method": name, "budget": {"macs": macs}, "sequence_length": task.length}
+        options = {"method": name, "budget": {"macs": macs}, "sequence_length": length}
         for seed in args.seeds:
             config = hf_prune.PruningConfig.from_dict({**options, **({"recover": recover} if recover else {})})
             if name == "random":
@@ -111,7 +111,7 @@ def measure(args: argparse.Namespace) -> None:
             found = run(model, dev, tokenizer)
             row |= {"score": task.score(found, dev), "kl": gap(found, outputs, dev)}
             if seed == args.seeds[0]:
-                latency = measure_latency({"dense": dense, "pruned": model}, 8, round(task.length), repeats=9)
+                latency = measure_latency({"dense": dense, "pruned": model}, 8, round(length), repeats=9)
                 row["latency"] = latency["pruned"].p50_ms / latency["dense"].p50_ms
             note(row)
             if name != "random" and not count:
