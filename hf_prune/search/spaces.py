@@ -4,6 +4,7 @@ Klein et al., "Structural Pruning of Pre-trained Language Models via Neural Arch
 """
 
 import itertools
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -99,7 +100,7 @@ class LayerSpace(SearchSpace):
     def _sample(self, generator: torch.Generator) -> Member:
         return self._some(lambda free, least: _subset(free, least, generator))
 
-    def _some(self, choose: Any) -> Member:
+    def _some(self, choose: Callable[[list[str], int], list[str]]) -> Member:
         """In each stack the layers that must stay, and those that `choose(free, least number)` returns."""
         member = {name: values[0] for name, values in self.parameters.items()}
         for stack, layers in self._layers.items():
