@@ -24,8 +24,8 @@ from ..offload import refuse_offloaded
 from ..processes import from_main_process, process_state
 from ..slicing import subnetwork
 from ..timing import DEFAULT_LENGTH, evaluating
+from .base import SearchSpace
 from .front import ParetoFront, SubNetwork
-from .spaces import SearchSpace
 from .study import Sample, SearchStudy, quiet
 
 logger = logging.get_logger(__name__)

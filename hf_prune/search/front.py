@@ -18,7 +18,7 @@ from ..report import PruningReport, unit_rows
 from ..selection import resolve_budget
 from ..surgery import shrunk_copy
 from ..units import KINDS, prunable_units
-from .spaces import PAPER
+from .base import PAPER
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,9 @@ from ..errors import ConfigError, unknown
 from ..masks import PruningMask
 from ..processes import from_main_process
 from ..surgery import shrunk_copy
+from .base import SearchSpace
 from .engine import Search, fingerprint
 from .front import ParetoFront
-from .spaces import SearchSpace
 from .study import Sample
 
 

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from transformers.utils import logging
 
 from ..errors import ConfigError, unknown
-from .spaces import Member, SearchSpace
+from .base import Member, SearchSpace
 
 logger = logging.get_logger(__name__)
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, Seq2SeqTrainer
 
 from ..errors import ConfigError
 from ..gates import current_mask
-from ..search.spaces import PAPER, Member, SearchSpace, search_space
+from ..search.base import PAPER, Member, SearchSpace
+from ..search.spaces import search_space
 from ..slicing import subnetwork
 from ..units import prunable_units
 from .arguments import SuperNetTrainingArguments
