@@ -65,7 +65,7 @@ class PassOptions:
             are open and all others closed. The values are for mean losses.
         lambda_steps (`int`, *optional*): See above. Clipping, reopening and concentration happen at 2 to 5 times as
             many steps; without reopening concentration begins at once as many, and its weight is chosen anew at each
-            step, so that it empties one module after the other. Defaults to 1000 as in the paper, to a tenth of the
+            step, so that it empties one module after the other. Defaults to 1000 as in the paper, to a fifth of the
             run where that is less than 10,000 steps long.
 
     Raises:
@@ -94,7 +94,7 @@ class PassOptions:
     lambda_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Steps in which the weight of the penalty grows by lambda_growth. Default: 1000, or a tenth "
+            "help": "Steps in which the weight of the penalty grows by lambda_growth. Default: 1000, or a fifth "
             "of a run of less than 10,000 steps."
         },
     )
