@@ -42,7 +42,7 @@ METHODS = {
     "kcm-shallow": KCMConfig(budget={"macs": 0.63}, drop_layers=1),
     "flap": FLAPConfig(budget={"macs": 0.7}),
     "flap-shallow": FLAPConfig(budget={"params": 0.75, "macs": 0.6}, drop_layers=1),
-    "layer-drop": LayerDropConfig(budget={"macs": 0.75}),
+    "layer_drop": LayerDropConfig(budget={"macs": 0.75}),
 }
 # The same for methods that zero single weights.
 WEIGHT_METHODS = {
@@ -51,8 +51,20 @@ WEIGHT_METHODS = {
     "ria": RIAConfig(sparsity=0.5),
     "sparsegpt": SparseGPTConfig(sparsity=0.5, block_size=16),
     "sparsegpt-pattern": SparseGPTConfig(pattern="4:8"),
-    "weight-magnitude": WeightMagnitudeConfig(sparsity=0.5),
+    "weight_magnitude": WeightMagnitudeConfig(sparsity=0.5),
 }
+KINDS = ("bert", "deberta-v2/own", "gpt2", "gpt_neox", "llama", "gemma2", "vit", "bart", "t5", "whisper")
+
+
+def matrix(methods, families, kinds=KINDS):
+    """All methods x all families. Variants of a method (`kcm-paper`) run by default on one family of each kind."""
+    return [
+        pytest.param(method, name, marks=pytest.mark.slow if "-" in method and name not in kinds else ())
+        for method in methods
+        for name in families
+    ]
+
+
 FREE = ("magnitude", "magnitude-uniform", "random", "random-multiple", "flap", "flap-shallow")
 
 
@@ -73,8 +85,7 @@ def logits(model, batch):
         return model(**batch).logits
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "name"), matrix(METHODS, FAMILIES))
 def test_pruned_is_shrunk_is_within_the_budget(method, name):
     config = METHODS[method]
     model = hf_prune.prunable(tiny_model(name))
@@ -91,7 +102,7 @@ def test_pruned_is_shrunk_is_within_the_budget(method, name):
     for metric, limit in limits.items():
         assert result.report.after[metric] <= limit
     table = hf_prune.CostTable(model, hf_prune.prunable_units(model), **lengths)
-    if method == "layer-drop":  # no layer could have stayed
+    if method == "layer_drop":  # no layer could have stayed
         for stack in table.units.stacks:
             for index in (~result.mask[stack]).nonzero().flatten():
                 back = torch.arange(table.units[stack].size) == index
@@ -109,12 +120,14 @@ def test_pruned_is_shrunk_is_within_the_budget(method, name):
     assert (logits(model, batches[0]) - masked).abs().max() <= 1e-5 * masked.abs().max().clamp_min(1)
     assert sum(p.numel() for p in model.parameters()) == result.report.after["params"] < before
     assert hf_prune.model_costs(model, **lengths).macs == pytest.approx(result.report.after["macs"])
-    if config.allocation == "uniform" or method == "layer-drop":
+    if config.allocation == "uniform" or method == "layer_drop":
         assert not hasattr(model.config, "hf_prune")
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama", "t5", "whisper", "vit"])
-@pytest.mark.parametrize("method", METHODS)
+PADDED = ("bert", "distilbert", "gpt2", "llama", "t5", "whisper", "vit")
+
+
+@pytest.mark.parametrize(("method", "name"), matrix(METHODS, PADDED, kinds=("bert", "t5")))
 def test_batch_size_and_padding_do_not_change_the_mask(method, name):
     batch = tiny_batch(name, size=24, padded=True, labels="fisher" in method)
     _, rows, cut = three_ways(batch)
@@ -143,8 +156,7 @@ def test_bf16_models_are_pruned_in_their_dtype(method, name):
     assert torch.allclose(logits(model, batch), masked, atol=0.1)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("method", WEIGHT_METHODS)
+@pytest.mark.parametrize(("method", "name"), matrix(WEIGHT_METHODS, FAMILIES))
 def test_zeroed_is_what_was_asked_for_and_nothing_else(method, name):
     config, model = WEIGHT_METHODS[method], tiny_model(name)
     batches = [tiny_batch(name, size=12, padded=True, seed=seed) for seed in range(2)]
