@@ -8,11 +8,12 @@ import numpy as np
 
 from .benchmark import Measurement, setting, si_scale
 from .errors import ConfigError
-from .report import PruningReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from .report import PruningReport
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 _PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
@@ -177,7 +178,7 @@ def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -
     return figure
 
 
-def plot_tradeoff(reports: Mapping[str, PruningReport], path: str | os.PathLike[str]) -> "Figure":
+def plot_tradeoff(reports: Mapping[str, "PruningReport"], path: str | os.PathLike[str]) -> "Figure":
     """Draw quality against cost: a row of panels for each metric of the evaluations, a column for each cost.
 
     Args:
@@ -202,7 +203,7 @@ def plot_tradeoff(reports: Mapping[str, PruningReport], path: str | os.PathLike[
         "parameters": lambda report: report.ratio("params"),
     }
     if any(report.latency_ratio() is not None for report in reports.values()):
-        costs = {"latency": PruningReport.latency_ratio, **costs}
+        costs = {"latency": lambda report: report.latency_ratio(), **costs}
     figure = _figure(3.7 * len(costs), 0.6 + 3.2 * len(metrics))
     marks: dict[str, Any] = {}
     for row, metric in enumerate(metrics):
