@@ -16,7 +16,7 @@ units masks weight_masks
 gates surgery slicing layout compression costs batches divergence matrices timing layer_timing latency
 calibration gradients selection reconstruction depth block_walk blockwise
 methods report benchmark export plots
-pruning metrics comparison sparse_kernels
+pruning metrics evaluation comparison sparse_kernels
 hub modeling verification
 trainers search recovery
 cli
