@@ -36,7 +36,7 @@ def verdict(report: PruningReport, base: str | None) -> str:
         before, after = (row.latency[0] for row in rows)
         where = f"batch {before.batch_size}, {text(setting(rows[0]).partition(';')[0])}"
         facts.append(f"one forward pass takes {after.p50_ms / before.p50_ms:.2f}× the time ({where})")
-    for row in report.evaluation[:1]:
+    for row in sorted(report.evaluation, key=lambda row: row["metric"] == "loss")[:1]:  # a metric of the task, if any
         n = f" (n = {row['n']:,})" if row.get("n") else ""
         facts.append(f"{text(row['metric'])} {row['before']:.4f} → {row['after']:.4f}{n}")
     return "; ".join(facts) + ".**"
