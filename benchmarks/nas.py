@@ -5,11 +5,10 @@
     python benchmarks/nas.py baselines --model MODEL --train train.tsv.gz --dev dev.tsv --output OUT
     python benchmarks/nas.py table --output OUT > benchmarks/results/nas.md
 
-`supernet` trains MODEL, an encoder, pretrained or fine-tuned before, as a super-network on 70 % of the training file,
+`supernet` trains MODEL, which was fine-tuned on the task before, as a super-network on 70 % of the training file,
 searches at random with sentences of the other 30 %, and tests what it finds within budgets on the dev file; one call
-for each strategy and space. `baselines` prunes what `supernet --strategy standard` has trained in one shot, and trains
-MODEL with PASS for as many steps. Each call writes one file of OUT, and does nothing where it is there. `table`
-renders what there is.
+for each strategy and space. `baselines` prunes MODEL in one shot, and trains it with PASS for as many steps. Each call
+writes one file of OUT, and does nothing where it is there. `table` renders what there is.
 """
 
 import argparse
@@ -95,7 +94,7 @@ def supernet(args: argparse.Namespace) -> dict[str, Any]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     examples, validation, dev = splits(args, tokenizer)
     transformers.set_seed(args.seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model)
     if args.order:
         data = examples[: args.calibration]
         hf_prune.order_units(model, hf_prune.FisherConfig(budget={"macs": 1.0}), data, processing_class=tokenizer)
@@ -105,9 +104,6 @@ def supernet(args: argparse.Namespace) -> dict[str, Any]:
     started = time.process_time()
     trainer.train()
     seconds = time.process_time() - started
-    if args.strategy == "standard":
-        model.save_pretrained(args.output / "plain")
-        tokenizer.save_pretrained(args.output / "plain")
     started = time.process_time()
     front = hf_prune.search_subnetworks(
         model,
@@ -143,8 +139,7 @@ def supernet(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def baselines(args: argparse.Namespace) -> dict[str, Any]:
-    folder = args.output / "plain"
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.model)
     examples, _, dev = splits(args, tokenizer)
     data = [{"input_ids": e["input_ids"]} for e in examples[: args.calibration]]
     rows = []
@@ -155,16 +150,17 @@ def baselines(args: argparse.Namespace) -> dict[str, Any]:
 
     for share in SHARES:
         for name, config in (("K-prune", hf_prune.KPruneConfig), ("layer drop", hf_prune.LayerDropConfig)):
-            model = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model)
             table = hf_prune.CostTable(model)
             limit = table.rest.params + share * (table.of().params - table.rest.params)
             started = time.process_time()
             budget = config(budget={"params": int(limit)})
             hf_prune.prune(model, budget, data, processing_class=tokenizer, batch_size=64)
-            add(f"{name} of the plainly trained model", hf_prune.shrink(model), time.process_time() - started)
+            add(name, hf_prune.shrink(model), time.process_time() - started)
 
     transformers.set_seed(args.seed)
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model, num_labels=2)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(args.model)
+    whole = accuracy(model, dev, tokenizer)
     groups = table.units.of_kind("heads")
     bare = hf_prune.PruningMask({g.name: torch.zeros(g.size, dtype=torch.bool) for g in groups}, table.units)
     least = encoder_share(table, table.of(bare).params)
@@ -178,7 +174,7 @@ def baselines(args: argparse.Namespace) -> dict[str, Any]:
     started = time.process_time()
     trainer.train()
     add(f"PASS, {heads} heads left", trainer.pruned_model(), time.process_time() - started)
-    return {"baselines": rows, **settings(args)}
+    return {"baselines": rows, "whole": whole, **settings(args)}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -255,7 +251,9 @@ def table(args: argparse.Namespace) -> str:
     path = args.output / "baselines.json"
     if path.exists():
         lines += [f"| method | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
-        pruned = json.loads(path.read_text())["baselines"]
+        baseline = json.loads(path.read_text())
+        pruned = baseline["baselines"]
+        lines.insert(1, f"Before, the model has {100 * baseline['whole']:.1f}.")
         for method in dict.fromkeys(row["method"] for row in pruned):
             found = {}
             for row in pruned:  # each under the least share that it meets

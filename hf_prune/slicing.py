@@ -81,6 +81,8 @@ def _spare_embeddings(model: PreTrainedModel) -> None:
     if not isinstance(table, nn.Embedding) or table.scale_grad_by_freq:
         return
     weight = table.weight
+    if weight.device.type == "mps":  # it lacks operations on sparse tensors
+        return
     if sum(p is weight for module in model.modules() for p in module._parameters.values()) == 1:
         table.sparse = True
         table._parameters["weight"] = _part(weight.detach(), weight, torch.Tensor.add_)
