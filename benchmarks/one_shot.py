@@ -79,7 +79,8 @@ def measure(args: argparse.Namespace) -> None:
 
     label = {"task": args.task, "metric": task.metric, "dev": len(dev)}
     if (args.task, "dense", 1.0, 0, 0) not in known:
-        note({**label, "method": "dense", "macs": 1.0, "samples": 0, "seed": 0, "score": task.score(outputs, dev)})
+        row = {**label, "longest": args.longest, "score": task.score(outputs, dev)}
+        note({**row, "method": "dense", "macs": 1.0, "samples": 0, "seed": 0})
     for method, macs in ((method, macs) for method in args.methods for macs in args.macs):
         name, _, recover = method.partition(":")
         options = {"method": name, "budget": {"macs": macs}, "sequence_length": length}
@@ -124,7 +125,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         own = [row for row in rows if row["task"] == task]
         dense = next(row for row in own if row["method"] == "dense")
-        text.append(f"## {task}\n\nDense: {dense['metric']} {dense['score']:.2f} on {dense['dev']} dev examples.\n")
+        where = f"on the {dense['dev']} dev examples of up to {dense['longest']} tokens"
+        text.append(f"## {task}\n\nDense: {dense['metric']} {dense['score']:.2f} {where}.\n")
         text.append(f"| MACs kept | method | examples | seeds | {dense['metric']} | KL | latency | plain passes |")
         text.append("|---|---|---|---|---|---|---|---|")
         kinds = sorted({(-row["macs"], row["method"], row["samples"]) for row in own if row is not dense})
