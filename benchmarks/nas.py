@@ -233,6 +233,8 @@ def table(args: argparse.Namespace) -> str:
 
     def rows(title: str, names: dict[str, str]) -> list[str]:
         chosen = [key for key in names if key in runs]
+        if len(chosen) < 2:  # nothing to compare
+            return []
         volumes = quantile_volumes([runs[key] for key in chosen])
         columns = [title, "HV", "HV by ranks", "whole", *head, "training", "search"]
         out = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
@@ -253,7 +255,7 @@ def table(args: argparse.Namespace) -> str:
         lines += [f"| method | {' | '.join(head)} |", "| --- |" + " ---: |" * len(head)]
         baseline = json.loads(path.read_text())
         pruned = baseline["baselines"]
-        lines.insert(1, f"Before, the model has {100 * baseline['whole']:.1f}.")
+        lines[0] += f" MODEL itself has {100 * baseline['whole']:.1f}."
         for method in dict.fromkeys(row["method"] for row in pruned):
             found = {}
             for row in pruned:  # each under the least share that it meets
