@@ -126,7 +126,7 @@ def test_the_mask_is_the_top_k_of_the_scores(bert):
     model, data = bert
     calibrator = hf_prune.Calibrator(model, data)
     groups = calibrator.units.of_kind("neurons")
-    moments = {g.name: hf_prune.calibration.Moments(g.size, torch.device("cpu")) for g in groups}
+    moments = {g.name: hf_prune.statistics.Moments(g.size, torch.device("cpu")) for g in groups}
     calibrator.collect(moments)
     scores = []
     for group in groups:

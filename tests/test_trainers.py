@@ -183,11 +183,11 @@ def begin(trainer, steps):
 @pytest.mark.parametrize(
     "steps, lambda_steps, expected, rate",
     [
-        (600, None, 60, 8 / 60),
-        (9999, None, 999, 8 / 999),
+        (600, None, 120, 8 / 120),
+        (9999, None, 1000, 8 / 1000),
         (20000, None, 1000, 0.5),
         (200, 30, 30, 8 / 30),
-        (50, None, 5, 0.5),
+        (50, None, 10, 0.5),
     ],
 )
 def test_schedule(steps, lambda_steps, expected, rate, tmp_path):

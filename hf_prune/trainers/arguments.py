@@ -66,7 +66,7 @@ class PassOptions:
         lambda_steps (`int`, *optional*): See above. Clipping, reopening and concentration happen at 2 to 5 times as
             many steps; without reopening concentration begins at once as many, and its weight is chosen anew at each
             step, so that it empties one module after the other. Defaults to 1000 as in the paper, to a fifth of the
-            run where that is less than 10,000 steps long.
+            run where that is less.
 
     Raises:
         ConfigError: An option is out of range.
@@ -95,7 +95,7 @@ class PassOptions:
         default=None,
         metadata={
             "help": "Steps in which the weight of the penalty grows by lambda_growth. Default: 1000, or a fifth "
-            "of a run of less than 10,000 steps."
+            "of the run if that is less."
         },
     )
 

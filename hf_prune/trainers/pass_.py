@@ -150,7 +150,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
                 setattr(self, name, value)
             self.moments = torch.tensor(self.moments, dtype=torch.float64)
         run = state.max_steps
-        self.steps = self.options.lambda_steps or (1000 if run >= _LONG_RUN else max(run // 5, 1))
+        self.steps = self.options.lambda_steps or min(max(run // 5, 1), 1000)
         self.rate = self.options.gate_learning_rate or (0.5 if run >= _LONG_RUN else min(0.5, _TRAVEL / self.steps))
         self.reopen = run >= _LONG_RUN if self.options.reopen is None else self.options.reopen
         # Without reopening the gates are decided at 2: from there on nothing would be left to concentrate.
