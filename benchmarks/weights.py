@@ -10,8 +10,7 @@ Perplexity: 4 windows of 1,024 tokens, the first of the first 60,000 characters 
 `--recover N`, LoRA (r = 8, all pruned projections) then trains N steps on one window each, behind the calibration
 windows, and merges; every zero is checked. Each result is added to the file at once, and what it holds is not run
 again. `--time` sets CPU seconds of the pruning against plain passes: the calibration windows through embeddings and
-blocks, without the head, timed just before and just after. `--table` only prints what the file holds. `--blocks 0.5`
-sets the perplexity (of the first window) where Wanda prunes one block alone to 50 % against OWL's outlier share of it.
+blocks, without the head, timed just before and just after. `--table` only prints what the file holds.
 """
 
 import argparse
@@ -22,16 +21,11 @@ import pathlib
 import resource
 import tempfile
 import time
-from collections.abc import Callable
 
 import torch
 import transformers
 
 import hf_prune
-from hf_prune.block_walk import BlockWalk
-from hf_prune.matrices import weight_matrices
-from hf_prune.methods.owl import outlier_share
-from hf_prune.methods.weights import keep_highest, square_sum, wanda_score
 from hf_prune.metrics import perplexity
 
 
@@ -91,32 +85,6 @@ def recover(
     mask.check(model)
 
 
-def blocks(
-    model: transformers.PreTrainedModel,
-    data: list[dict],
-    sparsity: float,
-    quality: Callable[[transformers.PreTrainedModel], float],
-) -> list[tuple[float, float]]:
-    """For each block OWL's outlier share, and the perplexity with this block alone pruned by Wanda."""
-    units = hf_prune.prunable_units(model)
-    walk = BlockWalk(
-        model, units, weight_matrices(model, units), hf_prune.Calibrator(model, data), square_sum, changes=False
-    )
-    rows = []
-    with torch.no_grad():
-        visited = list(walk.visit())
-    for block, sums in visited:
-        scores = {m: wanda_score(m.of(model), sums[m.name].total) for m in block.matrices}
-        dense = {m: m.of(model).clone() for m in block.matrices}
-        for m, score in scores.items():
-            m.of(model).masked_fill_(~keep_highest(score, sparsity), 0)
-        rows.append((outlier_share(torch.cat([score.flatten() for score in scores.values()])), quality(model)))
-        for m, weight in dense.items():
-            m.of(model).copy_(weight)
-        print(f"block {block.layer}: outlier share {rows[-1][0]:.4f}, perplexity {rows[-1][1]:.3f}", flush=True)
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -127,7 +95,6 @@ def main() -> None:
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--blocks", type=float, metavar="SPARSITY")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--batch-size", type=int, default=1)
@@ -148,14 +115,8 @@ def main() -> None:
     data = [{"input_ids": row} for row in windows[:16]]
     valid = [read(args.valid)[:60_000]]
 
-    def quality(model: transformers.PreTrainedModel, tokens: int = 4096) -> float:
-        return perplexity(model, tokenizer, valid, window=1024, max_tokens=tokens)
-
-    if args.blocks is not None:
-        alone = torch.tensor(blocks(dense, data, args.blocks, lambda model: quality(model, 1024)))
-        ranks = torch.corrcoef(alone.argsort(0).argsort(0).T.double())[0, 1]
-        print(f"rank correlation of outlier share and perplexity: {ranks:.2f}")
-        return
+    def quality(model: transformers.PreTrainedModel) -> float:
+        return perplexity(model, tokenizer, valid, window=1024, max_tokens=4096)
 
     def plain_pass() -> float:
         started = time.process_time()

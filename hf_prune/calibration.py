@@ -51,6 +51,8 @@ class Calibrator:
         lengths (`tuple[float, float | None]`): Mean number of real tokens of an example, on the encoder's (or only)
             side and on that of a decoder which follows an encoder.
         fingerprint (`str`): SHA-256 of the inputs.
+        examples (`list[list[int]]`): For each batch of this process the numbers of its examples, counted over all
+            batches of all processes.
 
     Raises:
         CalibrationError: No data, nothing but padding in an example, or inputs that the model does not take.

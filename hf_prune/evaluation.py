@@ -15,9 +15,8 @@ from .errors import ConfigError, unknown
 from .timing import evaluating
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
-LOSSES = ("loss", "perplexity")
 _KEYS = {"accuracy": "accuracy", "f1": "f1", "matthews": "matthews_correlation", "spearman": "spearmanr"}
-METRICS = (*_KEYS, *LOSSES)
+METRICS = (*_KEYS, "loss", "perplexity")
 
 
 class Evaluator:

@@ -12,7 +12,7 @@ from ..benchmark import compare, comparison_table, load_checkpoint
 from ..calibration import Calibrator
 from ..evaluation import Evaluator
 from .arguments import MODEL, add_device, count, distinct_names
-from .data import add_data, read_examples
+from .data import add_data, read_examples, reading
 from .loading import check_device, load_processor, resolve, trying
 
 _DESCRIPTION = """\
@@ -113,15 +113,7 @@ def _quality(
             window = min(args.max_length or 1024, getattr(model.config, "max_position_embeddings", 1024))
             value, scored_on = perplexity(model, processor, text, window=window), {"samples": len(text)}
         else:
-            calibrator = Calibrator(
-                model,
-                data,
-                processing_class=processor,
-                text_column=args.text_column,
-                max_samples=args.max_samples,
-                max_length=args.max_length,
-                labels=True,
-            )
+            calibrator = Calibrator(model, data, processing_class=processor, labels=True, **reading(args))
             value, scored_on = Evaluator(calibrator, args.metric).measure(model), calibrator.describe()
         scores[name] = {args.metric: value}
     return scores, {"dataset": Path(args.dataset).name, **scored_on}

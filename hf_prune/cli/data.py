@@ -56,6 +56,11 @@ def add_data(parser: argparse.ArgumentParser, title: str, *, required: bool = Fa
     )
 
 
+def reading(args: argparse.Namespace) -> dict[str, Any]:
+    """How examples are read, as keyword arguments of what reads them."""
+    return {name: getattr(args, name) for name in ("text_column", "max_samples", "max_length")}
+
+
 def read_examples(args: argparse.Namespace) -> Any:
     """The examples that `--dataset` names.
 

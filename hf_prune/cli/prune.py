@@ -20,7 +20,7 @@ from ..methods import MethodConfig, RecoverableConfig, WeightPruningConfig, get_
 from ..pruning import prune
 from ..surgery import shrink
 from .arguments import add_device, add_model, count, limit, setting
-from .data import add_data, read_examples
+from .data import add_data, read_examples, reading
 from .loading import check_device, how_it_loads, load_model, load_processor, loading_sentence, resolve
 
 _DESCRIPTION = """\
@@ -174,10 +174,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         config,
         data,
         processing_class=processor,
-        text_column=args.text_column,
-        max_samples=args.max_samples,
         batch_size=args.batch_size,
-        max_length=args.max_length,
+        **reading(args),
     )
     if current_mask(model) is not None:
         shrink(model)

@@ -9,7 +9,7 @@ from ..costs import METRICS
 from ..errors import ConfigError, PruningError
 from ..search.spaces import known_spaces, search_space
 from .arguments import add_device, add_model, count, limit, setting
-from .data import add_data, read_examples
+from .data import add_data, read_examples, reading
 from .loading import check_device, load_model, load_processor, resolve
 
 _DESCRIPTION = """\
@@ -118,10 +118,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         storage=args.storage,
         study_name=args.study_name,
         processing_class=processor,
-        text_column=args.text_column,
-        max_samples=args.max_samples,
         batch_size=args.batch_size,
-        max_length=args.max_length,
+        **reading(args),
     )
     folders = front.save_models(output, model, processing_class=processor)
     if args.plot:
