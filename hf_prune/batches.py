@@ -1,6 +1,7 @@
 """Calibration data in any form in, padded batches of tensors out."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -34,7 +35,7 @@ def read_batches(
         CalibrationError: The data are of no known form.
         ConfigError: `text_column` is not in the data.
     """
-    if isinstance(data, str | Mapping):
+    if isinstance(data, str | os.PathLike | Mapping):
         kind = type(data).__name__
         raise CalibrationError(f"The calibration data are one {kind}: give a list of examples, a Dataset or a loader.")
     if isinstance(data, DataLoader) or not hasattr(data, "__getitem__") or _is_batch(next(iter(data), None)):

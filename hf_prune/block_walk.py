@@ -29,6 +29,7 @@ from .processes import process_state
 from .units import PrunableUnits, base_model
 
 Observation = Callable[[torch.Tensor], torch.Tensor]
+Announce = Callable[[int], None]
 
 
 class InputSum:
@@ -79,9 +80,8 @@ class BlockWalk:
             then computes goes into the next. Without changes one pass through each block is enough.
         start (`int`, *optional*, defaults to 0): The first block in which something is observed.
         folder (`str`, *optional*): Where to keep the hidden states instead of in CPU memory.
-
-    Attributes:
-        hidden_bytes (`int`): Size of the hidden states of this process, from the first visit on.
+        announce (`Callable`, *optional*): Called before the first block runs, with the bytes of the hidden states
+            that this process holds then.
     """
 
     def __init__(
@@ -95,7 +95,9 @@ class BlockWalk:
         changes: bool = True,
         start: int = 0,
         folder: str | None = None,
+        announce: Announce | None = None,
     ) -> None:
+        self.announce = announce or (lambda size: None)
         self.units, self.base, self.calibrator = units, base_model(model), calibrator
         self.observation, self.changes, self.start, self.folder = observation, changes, start, folder
         every = [
@@ -105,7 +107,6 @@ class BlockWalk:
         ]
         # Nothing reads what comes out of the last block.
         self.blocks = every[: 1 + max(position for position, block in enumerate(every) if block.matrices)]
-        self.hidden_bytes = 0
 
     def _layers(self, stack: str) -> nn.ModuleList:
         layers = self.base.get_submodule(stack)
@@ -121,6 +122,7 @@ class BlockWalk:
         quiet = not process_state().is_main_process or None
         positions = tqdm(range(len(self.blocks)), desc="prune blocks", disable=quiet, leave=False)
         if self.observation is None or self.calibrator is None or self.start >= len(self.blocks):
+            self.announce(0)
             for position in positions:
                 block = self.blocks[position]
                 with resident(self._layers(block.stack)[block.layer], write=self.changes):
@@ -136,7 +138,8 @@ class BlockWalk:
                 block, followed = self.blocks[position], position + 1 < len(self.blocks)
                 layer = self._layers(block.stack)[block.layer]
                 stream.enter(block)
-                self.hidden_bytes = self.hidden_bytes or stream.hidden[block.stack].nbytes
+                if position == 0:
+                    self.announce(stream.hidden[block.stack].nbytes)
                 with resident(layer, write=self.changes):
                     sums: dict[str, InputSum] = {}
                     if position >= self.start and block.matrices:

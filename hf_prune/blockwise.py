@@ -56,9 +56,7 @@ def prune_blocks(
     try:
         with torch.no_grad(), closing(walk.visit()) as visits:
             for position, (block, sums) in enumerate(visits):
-                if not started:
-                    _log_memory(model, walk, sums, offloaded)
-                    started = True
+                started = True
                 dense = {m.name: model.get_parameter(m.name).data for m in block.matrices}
                 digest = _digest(dense) if checkpoints is not None else ""
                 saved = checkpoints.load(position, digest) if checkpoints and position < walk.start else None
@@ -112,24 +110,6 @@ def _solved(
     if new is not weight and not new.isfinite().all():
         raise CalibrationError(f"The new weights of {matrix.module} are not finite: give more data.")
     return keep, new.to(weight.dtype).masked_fill(~keep, 0)
-
-
-def _log_memory(model: PreTrainedModel, walk: BlockWalk, sums: Mapping[str, InputSum], offloaded: bool) -> None:
-    if not process_state().is_main_process:
-        return
-    matrices = [m for block in walk.blocks for m in block.matrices]
-    weights = sum(m.inputs * m.outputs for m in matrices)
-    parts = {
-        "hidden states" + (" on disk" if walk.folder else ""): walk.hidden_bytes,
-        "statistics": sum(s.total.nbytes for s in sums.values()),
-        "dense weights that change, kept until the end, at most": 0 if offloaded else weights * model.dtype.itemsize,
-        "the mask": weights // 8,
-    }
-    listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items() if size)
-    logger.warning(
-        f"Pruning {len(matrices)} matrices in {len(walk.blocks)} blocks. Memory beside the model and one forward pass "
-        f"of a block: {listed}."
-    )
 
 
 # Going on after an interruption

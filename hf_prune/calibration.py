@@ -48,6 +48,7 @@ class Calibrator:
 
     Attributes:
         samples, tokens (`int`): Examples and real tokens in all, over all processes.
+        tokens_of (`dict[str, int]`): The real tokens that go into each stack.
         lengths (`tuple[float, float | None]`): Mean number of real tokens of an example, on the encoder's (or only)
             side and on that of a decoder which follows an encoder.
         fingerprint (`str`): SHA-256 of the inputs.
@@ -318,6 +319,7 @@ class Calibrator:
         digest = hashlib.sha256()
         self.samples = 0
         totals: dict[bool, float] = {}
+        self.tokens_of = dict.fromkeys(self.units.stacks, 0)
         for batch in batches:
             size = len(next(iter(batch.values())))
             self.samples += size
@@ -341,6 +343,7 @@ class Calibrator:
                     shape = batch.get(name, batch.get("inputs_embeds", next(iter(batch.values())))).shape
                     tokens = float(shape[0] * shape[1])
                 totals[spec.decoder] = totals.get(spec.decoder, 0.0) + tokens
+                self.tokens_of[stack] += int(tokens)
         self.fingerprint = digest.hexdigest()
         self.tokens = int(sum(totals.values()))
         lengths = [totals[side] / self.samples for side in sorted(totals)]

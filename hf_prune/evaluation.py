@@ -72,7 +72,7 @@ class Evaluator:
         if self.compute_metrics is None:
             items = sum(count for _, count in found)
             loss = sum(value * count for value, count in found) / items
-            return _exponential(loss) if self.metric == "perplexity" else loss
+            return torch.tensor(loss, dtype=torch.float64).exp().item() if self.metric == "perplexity" else loss
         predictions, labels = (_joined(parts) for parts in zip(*found, strict=True))
         if not all(np.isfinite(array).all() for array in _several(predictions)):
             return math.nan
@@ -111,13 +111,6 @@ def _named(metric: str) -> ComputeMetrics:
 
     found = {"accuracy": Accuracy, "f1": F1, "matthews": Matthews, "spearman": Spearman}[metric]()
     return compute_metrics_for(found)
-
-
-def _exponential(loss: float) -> float:
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
 
 
 def _array(logits: torch.Tensor) -> np.ndarray:

@@ -62,7 +62,7 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+        owners.setdefault(_identity(parameter), []).append(name)
     found, names = [], []
     hits = {pattern: False for pattern in exclude}
     for stack, spec in units.stacks.items():
@@ -78,7 +78,7 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
                 hits |= dict.fromkeys(matching, True)
                 if matching:
                     continue
-                sharing = owners[id(module.weight)]
+                sharing = owners[_identity(module.weight)]
                 if len(sharing) > 1:
                     raise UnsupportedModelError(
                         f"{' and '.join(sharing)} share one weight, which would be pruned for the inputs of one of "
@@ -95,3 +95,8 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
     if not found:
         raise ConfigError("There is nothing left to prune: exclude fewer projections.")
     return found
+
+
+def _identity(parameter: torch.Tensor) -> int:
+    """The same for parameters that share their memory. What is offloaded has none."""
+    return id(parameter) if parameter.is_meta else parameter.data_ptr()

@@ -4,7 +4,6 @@
 `evaluate.EvaluationModule` works beside them.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -101,6 +100,15 @@ class Perplexity(_Metric):
     ) -> dict[str, float]:
         return {"perplexity": perplexity(model, tokenizer, predictions, **options)}
 
+    def compute(self, *, predictions: Any = None, **options: Any) -> dict[str, Any] | None:
+        if isinstance(predictions, str | os.PathLike):  # evaluate would take each of its letters for a text
+            raise ConfigError(
+                f"Perplexity().compute takes a list of texts, got {str(predictions)!r:.80}: for a file call "
+                "hf_prune.metrics.perplexity(model, tokenizer, path)."
+            )
+        result: dict[str, Any] | None = super().compute(predictions=predictions, **options)
+        return result
+
 
 def perplexity(
     model: PreTrainedModel,
@@ -159,7 +167,7 @@ def perplexity(
             logits = model(input_ids=part[None], use_cache=False).logits[0, -new - 1 : -1]
             total += F.cross_entropy(logits.float(), part[-new:].to(logits.device), reduction="sum").item()
     counted = sum(new for _, new in _windows(ids, window, stride))
-    return math.exp(total / counted)
+    return torch.tensor(total / counted, dtype=torch.float64).exp().item()  # math.exp raises where this is infinite
 
 
 def _windows(ids: torch.Tensor, window: int, stride: int) -> Iterator[tuple[torch.Tensor, int]]:

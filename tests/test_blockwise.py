@@ -382,6 +382,7 @@ def test_the_log_and_the_report_say_that_zeros_are_not_speed(caplog):
     model = tiny_model("llama")
     report = hf_prune.prune(model, WandaConfig(sparsity=0.5), [tiny_batch("llama", size=8)]).report
     speed, memory = caplog.messages
+    assert "statistics of a block" in memory and "to solve a matrix" in memory
     assert "Zeros in dense tensors make a model neither smaller nor faster" in speed
     assert memory.startswith("Pruning 21 matrices in 3 blocks. Memory beside the model")
     assert str(report).startswith("wanda: 50.00% of 27,648 weights in 21 matrices are zero, ")
@@ -390,6 +391,16 @@ def test_the_log_and_the_report_say_that_zeros_are_not_speed(caplog):
     assert sum(row["zeros"] for row in report.weights) == zeros == 27_648 // 2
     assert report.after["nonzero"] == report.before["nonzero"] - zeros and report.ratio("macs") == 1
     assert hf_prune.PruningReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+@pytest.mark.parametrize("ratios", ["uniform", "owl"])
+def test_memory_is_estimated_before_a_block_runs(caplog, ratios):
+    model, told = tiny_model("llama"), []
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: told.append("Memory beside the model" in caplog.text))
+    batches = [tiny_batch("llama", size=8, seed=seed) for seed in range(3)]
+    hf_prune.prune(model, WandaConfig(sparsity=0.5, ratios=ratios), batches)
+    assert told.index(True) == 1 and all(told[1:])  # one call of the first layer shows what layers return
+    assert caplog.text.count("Memory beside the model") == 1
 
 
 def test_training_mode_and_copies_survive():

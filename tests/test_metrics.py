@@ -153,6 +153,17 @@ class TestPerplexity:
         results |= set(metric.compute(model=model, tokenizer=Letters(), window=32).values())
         assert len(results) == 1
 
+    def test_a_path_is_no_list_of_texts(self, tmp_path):
+        (tmp_path / "text.txt").write_text(TEXT)
+        for path in (str(tmp_path / "text.txt"), tmp_path / "text.txt"):
+            with pytest.raises(ConfigError, match="takes a list of texts.*perplexity\\(model, tokenizer, path\\)"):
+                Perplexity().compute(predictions=path, model=tiny_model("llama"), tokenizer=Letters())
+
+    def test_a_wrecked_model_is_infinitely_perplexed(self):
+        model = tiny_model("llama")
+        model.lm_head.weight.data *= 1e6
+        assert perplexity(model, Letters(), [TEXT], window=64) == float("inf")
+
     def test_bfloat16(self):
         model = tiny_model("llama")
         exact = perplexity(model, Letters(), [TEXT], window=64)

@@ -114,5 +114,26 @@ def test_options_out_of_range(options, message):
 
 def test_too_few_tokens():
     model = tiny_model("llama")
-    with pytest.raises(CalibrationError, match=r"mlp.down_proj has 64 inputs, the calibration data 18 tokens"):
+    with pytest.raises(CalibrationError, match=r"mlp.down_proj has 64 inputs, and 18 tokens of the calibration data"):
         hf_prune.prune(model, SparseGPTConfig(sparsity=0.5), [tiny_batch("llama", size=2)])
+    ids = torch.randint(3, 90, (4, 20))
+    batch = {"input_ids": ids, "decoder_input_ids": ids[:, :3]}  # 80 tokens for the encoder, 12 for the decoder
+    with pytest.raises(CalibrationError, match=r"decoder.* inputs, and 12 tokens"):
+        hf_prune.prune(tiny_model("t5"), SparseGPTConfig(sparsity=0.5), [batch])
+
+
+def test_inputs_that_are_always_zero_weigh_as_in_the_paper():
+    """H is 2/n·XᵀX with ones on the diagonal of dead inputs, which count for the damping."""
+    model, batch = tiny_model("llama"), tiny_batch("llama", size=16)
+    projection = model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:40] = 0
+    dense, inputs = projection.weight.detach().clone(), []
+    handle = projection.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    exclude = ("layers.[!0].*", "layers.0.self_attn.*", "*.gate_proj", "*.up_proj")
+    hf_prune.prune(model, SparseGPTConfig(sparsity=0.5, threshold="paper", exclude=exclude), [batch])
+    handle.remove()
+    x = inputs[0][batch["attention_mask"].bool()]
+    keep, new = eager(dense, 2 / 16 * x.T @ x, 0.5)
+    assert torch.equal(projection.weight != 0, keep & (new != 0))
+    assert torch.allclose(projection.weight.double(), new, atol=1e-5)

@@ -85,7 +85,8 @@ def sparsegpt(
 
     Args:
         weight (`torch.Tensor`): W, (outputs, inputs).
-        hessian (`torch.Tensor`): H up to a factor, (inputs, inputs).
+        hessian (`torch.Tensor`): H = 2/n·XᵀX of n examples, (inputs, inputs). The factor matters only beside inputs
+            that are always zero, whose diagonal becomes 1.
         target (`float` or `tuple[int, int]`): The share to prune of every `block_size` inputs over all outputs; or
             (N, M): N stay in every group of M inputs of an output.
         block_size, damping, threshold (*optional*): See [`SparseGPTConfig`].
@@ -138,18 +139,24 @@ class SparseGPTPruner(WeightPruner[SparseGPTConfig]):
     def check(self, matrices: list[Matrix], calibrator: Calibrator | None) -> None:
         super().check(matrices, calibrator)
         assert calibrator is not None
-        widest = max(matrices, key=lambda matrix: matrix.inputs)
-        if calibrator.tokens < widest.inputs:
-            raise CalibrationError(
-                f"{widest.module} has {widest.inputs} inputs, the calibration data {calibrator.tokens} tokens: "
-                "SparseGPT needs at least as many tokens. Give more data, or use WandaConfig."
-            )
+        encoder = next(iter(calibrator.tokens_of))
+        for matrix in sorted(matrices, key=lambda matrix: -matrix.inputs):
+            tokens = calibrator.tokens_of[encoder if matrix.reads_encoder else matrix.stack]
+            if tokens < matrix.inputs:
+                raise CalibrationError(
+                    f"{matrix.module} has {matrix.inputs} inputs, and {tokens} tokens of the calibration data reach "
+                    "it: SparseGPT needs at least as many. Give more data, or use WandaConfig."
+                )
+        self._scale = 2 / calibrator.samples
+
+    def workspace(self, matrix: Matrix) -> int:
+        return 4 * (5 * matrix.inputs**2 + 3 * matrix.inputs * matrix.outputs)  # Hessians and factors; rows, scores
 
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         config = self.config
         return sparsegpt(
             weight,
-            observed,
+            observed * self._scale,
             target,
             block_size=config.block_size,
             damping=config.damping,

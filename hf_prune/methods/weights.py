@@ -5,6 +5,7 @@ import math
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from ..block_walk import BlockWalk, Observation
+from ..block_walk import Announce, BlockWalk, Observation
 from ..blockwise import Checkpoints, prune_blocks
 from ..calibration import Calibrator
 from ..costs import CostTable
 from ..errors import ConfigError
 from ..matrices import Matrix, weight_matrices
+from ..offload import is_offloaded
 from ..processes import process_state
 from ..timing import DEFAULT_LENGTH
 from ..units import PrunableUnits
@@ -204,6 +206,10 @@ class WeightPruner(BasePruner[W]):
             zeroed: the given one, or a new one.
         """
 
+    def workspace(self, matrix: Matrix) -> int:
+        """Bytes that it takes to solve a matrix, beside what was observed of its inputs."""
+        return 4 * 3 * matrix.inputs * matrix.outputs  # the scores, their copy to select from, and what is compared
+
     def check(self, matrices: list[Matrix], calibrator: Calibrator | None) -> None:
         """Raise unless all matrices can be pruned.
 
@@ -231,7 +237,10 @@ class WeightPruner(BasePruner[W]):
         if config.checkpoint_dir is not None:
             run = [config.to_dict(), calibrator and calibrator.fingerprint, type(model).__name__, str(model.dtype)]
             checkpoints = Checkpoints(config.checkpoint_dir, json.dumps([*run, [m.name for m in matrices]]))
-        targets = self._owl_targets(model, units, matrices, calibrator) if config.ratios == "owl" else {}
+        announce: Announce | None = partial(self._log_memory, model, matrices)
+        targets = {}
+        if config.ratios == "owl":
+            targets, announce = self._owl_targets(model, units, matrices, calibrator, announce), None
         walk = BlockWalk(
             model,
             units,
@@ -240,6 +249,7 @@ class WeightPruner(BasePruner[W]):
             self.observe,
             start=checkpoints.finished() if checkpoints is not None else 0,
             folder=config.offload_folder,
+            announce=announce,
         )
 
         def solve(matrix: Matrix, weight: torch.Tensor, observed: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,17 +258,42 @@ class WeightPruner(BasePruner[W]):
         mask, self._rows = prune_blocks(model, walk, solve, checkpoints)
         return mask
 
+    def _log_memory(self, model: PreTrainedModel, matrices: list[Matrix], hidden_bytes: int) -> None:
+        if not process_state().is_main_process:
+            return
+        blocks: dict[tuple[str, int], int] = {}
+        for matrix in matrices:
+            size = 0 if self.observe is None else self.observe(torch.zeros(0, matrix.inputs, device="meta")).nbytes
+            blocks[matrix.stack, matrix.layer] = blocks.get((matrix.stack, matrix.layer), 0) + size
+        weights = sum(m.inputs * m.outputs for m in matrices)
+        parts = {
+            "hidden states" + (" on disk" if self.config.offload_folder else ""): hidden_bytes,
+            "statistics of a block": max(blocks.values()),
+            "to solve a matrix": max(map(self.workspace, matrices)),
+            "dense weights that change, kept until the end, at most": 0
+            if is_offloaded(model)
+            else weights * model.dtype.itemsize,
+            "the mask": weights // 8,
+        }
+        listed = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in parts.items() if size)
+        logger.warning(
+            f"Pruning {len(matrices)} matrices in {len(blocks)} blocks. Memory beside the model and one forward pass "
+            f"of a block: {listed}."
+        )
+
     def _owl_targets(
         self,
         model: PreTrainedModel,
         units: PrunableUnits,
         matrices: list[Matrix],
         calibrator: Calibrator | None,
+        announce: Announce | None,
     ) -> dict[tuple[str, int], float]:
         """A sparsity for each block, from one pass through the dense model."""
         config, shares, sizes = self.config, {}, {}
         assert config.sparsity is not None
-        walk = BlockWalk(model, units, matrices, calibrator, square_sum, changes=False, folder=config.offload_folder)
+        options: dict[str, Any] = {"folder": config.offload_folder, "announce": announce}
+        walk = BlockWalk(model, units, matrices, calibrator, square_sum, changes=False, **options)
         for block, sums in walk.visit():
             if block.matrices:
                 key = block.stack, block.layer
