@@ -98,16 +98,12 @@ class Perplexity(_Metric):
     def _compute(
         self, predictions: list[str], model: PreTrainedModel, tokenizer: Any, **options: Any
     ) -> dict[str, float]:
-        return {"perplexity": perplexity(model, tokenizer, predictions, **options)}
-
-    def compute(self, *, predictions: Any = None, **options: Any) -> dict[str, Any] | None:
-        if isinstance(predictions, str | os.PathLike):  # evaluate would take each of its letters for a text
+        if all(len(text) == 1 for text in predictions):  # evaluate takes a str for a list of its letters
             raise ConfigError(
-                f"Perplexity().compute takes a list of texts, got {str(predictions)!r:.80}: for a file call "
-                "hf_prune.metrics.perplexity(model, tokenizer, path)."
+                "Perplexity().compute got texts of one letter each, as of a single str: give a list of texts. For a "
+                "file call hf_prune.metrics.perplexity(model, tokenizer, path)."
             )
-        result: dict[str, Any] | None = super().compute(predictions=predictions, **options)
-        return result
+        return {"perplexity": perplexity(model, tokenizer, predictions, **options)}
 
 
 def perplexity(

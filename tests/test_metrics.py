@@ -155,9 +155,10 @@ class TestPerplexity:
 
     def test_a_path_is_no_list_of_texts(self, tmp_path):
         (tmp_path / "text.txt").write_text(TEXT)
-        for path in (str(tmp_path / "text.txt"), tmp_path / "text.txt"):
-            with pytest.raises(ConfigError, match="takes a list of texts.*perplexity\\(model, tokenizer, path\\)"):
-                Perplexity().compute(predictions=path, model=tiny_model("llama"), tokenizer=Letters())
+        with pytest.raises(ConfigError, match="give a list of texts.*perplexity\\(model, tokenizer, path\\)"):
+            Perplexity().compute(
+                predictions=str(tmp_path / "text.txt"), model=tiny_model("llama"), tokenizer=Letters()
+            )
 
     def test_a_wrecked_model_is_infinitely_perplexed(self):
         model = tiny_model("llama")
