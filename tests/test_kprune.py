@@ -11,7 +11,7 @@ import hf_prune
 from hf_prune import CalibrationError, Calibrator, ConfigError, KPruneConfig, PruningMask
 from hf_prune.divergence import Predictions, curvature, divergence
 from hf_prune.gates import observe
-from hf_prune.reconstruction import NormalEquations, ridge_solve
+from hf_prune.least_squares import NormalEquations, ridge_solve
 from hf_prune.selection import Selector
 from hf_prune.units import base_model, kept_columns, output_matrix, site
 

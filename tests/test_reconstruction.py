@@ -9,7 +9,8 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 import hf_prune
 from hf_prune import Calibrator
 from hf_prune.gates import observe, record_calls, resume_at
-from hf_prune.reconstruction import NormalEquations, reconstruct, ridge_solve, scale_solve, walks
+from hf_prune.least_squares import NormalEquations, ridge_solve, scale_solve
+from hf_prune.reconstruction import reconstruct, walks
 
 
 def equations(features, targets):
