@@ -359,10 +359,13 @@ class TestWriting:
     def test_malformed_reports(self, folder, broken):
         data = {**json.loads((folder / "pruning_report.json").read_text()), **broken}
         (folder / "pruning_report.json").write_text(json.dumps(data))
-        before = (folder / "README.md").read_bytes()
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(PruningError, match="malformed|card"):
             write_card(folder)
-        assert (folder / "README.md").read_bytes() == before
+        data["calibration"] = {}
+        with pytest.raises(PruningError, match="malformed|card"):
+            write_card(folder, PruningReport.from_dict(data))
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     def test_a_card_that_fails_costs_no_model(self, tmp_path, report, caplog):
         report.evaluation = [{"metric": "x"}]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..errors import ConfigError, PruningError
 from ..layout import KEY
 from ..plots import plot_units
 from ..redaction import redact
-from ..report import PruningReport
+from ..report import REPORT_FILE, PruningReport
 from . import sections
 from .markdown import block, code, line, table, text
 from .standalone import auto_classes
@@ -50,7 +51,8 @@ def write_card(
     Raises:
         ConfigError: There is a card that hf_prune did not write, or that was claimed by removing the line which says
             so.
-        PruningError: There is no report in the folder, or it is malformed.
+        PruningError: There is no report in the folder, it is malformed, or the folder can't be written. Nothing in it
+            has changed.
 
     Examples:
         ```python
@@ -68,13 +70,20 @@ def write_card(
     known = report if report is not None else PruningReport.load(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        draw_layers(known, folder / PICTURE_FILE)
-        rendered = render_card(known, config, name or folder.name, picture=(folder / PICTURE_FILE).exists())
+        # Inside the folder, for a file can take another's place at once only on the same file system.
+        with tempfile.TemporaryDirectory(prefix=".card-", dir=folder) as scratch:
+            new = Path(scratch)
+            draw_layers(known, new / PICTURE_FILE)
+            picture = any((place / PICTURE_FILE).exists() for place in (new, folder))
+            rendered = render_card(known, config, name or folder.name, picture=picture)
+            (new / CARD_FILE).write_text(rendered, encoding="utf-8")
+            if report is not None:
+                report.save(new)
+            for file in (PICTURE_FILE, REPORT_FILE, CARD_FILE):  # what the card shows comes before it
+                if (new / file).exists():
+                    os.replace(new / file, folder / file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PruningError(f"Can't write a card for {folder}: {error!r}") from error
-    if report is not None:
-        report.save(folder)
-    card.write_text(rendered, encoding="utf-8")
     return card
 
 
