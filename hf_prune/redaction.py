@@ -19,17 +19,25 @@ _SECRETS = (
 _NAMES = r"(?:token|secret|password|passwd|api[_-]?key|access[_-]?key)"
 # Whatever it looks like, what follows token= or --api-key is one. A number is none: max_token=5.
 _NAMED = re.compile(rf"(?i)({_NAMES}[\"']?\s*[=:]\s*[\"']?|--[\w-]*{_NAMES}\s+|\bbearer\s+)(?!\d+\b)[^\s\"'&,;)}}\]]+")
-_KEY = re.compile(r"(?i)(?:^|hub|hf|auth|access|api)[_-]?token$|secret|passw|api[_-]?key|access[_-]?key")
+# The header, whatever its scheme, and curl's -u name:password; two numbers are a user and a group.
+_LOGIN = re.compile(
+    r"(?i)(authorization[\"']?\s*[=:]\s*[\"']?(?:\w+\s+)?|(?<![\w-])(?:-u\s*|--user[\s=]+)[\"']?(?!\d+:)[^\s:\"']+:)"
+    r"[^\s\"'&,;)}\]]+"
+)
+_KEY = re.compile(
+    r"(?i)authorization$|(?:^|hub|hf|auth|access|api)[_-]?token$|secret|passw|api[_-]?key|access[_-]?key"
+)
 _VARIABLE = re.compile(rf"(?i){_NAMES}$")
-_CREDENTIALS = re.compile(r"(?<=://)[^\s/@]+@")
+# Up to the last @ before the path; a password with a slash in it, which is no port, up to the next one.
+_CREDENTIALS = re.compile(r"(?<=://)(?:[^\s/\"'<>]+@|[^\s/:@\"'<>]+:(?!\d+/)[^\s@\"'<>]+@)")
 _HOMES = re.compile(r"(?:/home/|/Users/|[A-Za-z]:\\Users\\)[^/\\\s\"':,;]+|/root(?![\w.-])")
 
 
 def redact(value: Any) -> Any:
     """A copy of a value, whatever it nests, without secrets in its strings.
 
-    Hidden are tokens by their looks, by the word before them (`token=`, `--password`), and those in the environment
-    of this process; user and password in URLs; and home folders.
+    Hidden are tokens by their looks, by the word before them (`token=`, `--password`, `Authorization:`), and those in
+    the environment of this process; passwords after `-u name:`; user and password in URLs; and home folders.
     """
     return _without(value, _in_environment())
 
@@ -58,7 +66,8 @@ def _redacted(text: str, secrets: list[str]) -> str:
     for pattern in _SECRETS:
         text = re.sub(pattern, HIDDEN, text)
     text = _CREDENTIALS.sub("", text)
-    text = _NAMED.sub(rf"\g<1>{HIDDEN}", text)
+    for words in (_NAMED, _LOGIN):
+        text = words.sub(rf"\g<1>{HIDDEN}", text)
     home = str(Path.home())
     if len(home) > 1:
         text = re.sub(rf"{re.escape(home)}(?![\w.-])", "~", text)

@@ -45,12 +45,14 @@ class Repo:
 
 @dataclass
 class Failure:
-    """What happens to the next `times` requests of a method whose path matches: a status, or a cut connection."""
+    """What happens to the next `times` requests of a method whose path matches: a status, or a cut connection, before
+    the request does anything or, if only the answer is `lost`, after."""
 
     method: str
     path: str
     status: int | None = None
     times: int = 1
+    lost: bool = False
 
 
 class LoopbackHub:
@@ -112,6 +114,7 @@ class _Cut(Exception):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: LoopbackHub
+    lost = False
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -146,6 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(
         self, data: Any = b"", status: int = 200, headers: dict[str, str] | None = None, kind: str = "application/json"
     ) -> None:
+        if self.lost:
+            raise _Cut
         data = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(status)
         for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
@@ -158,9 +163,12 @@ class _Handler(BaseHTTPRequestHandler):
         for failure in self.hub.failures:
             if failure.times and failure.method == self.command and re.search(failure.path, path):
                 failure.times -= 1
-                if failure.status is None:
+                if failure.lost:
+                    self.lost = True
+                elif failure.status is None:
                     raise _Cut
-                raise _Refusal(failure.status, message="injected")
+                else:
+                    raise _Refusal(failure.status, message="injected")
 
     # Who asks, and what for
 
@@ -170,22 +178,23 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(401, message="Invalid credentials in Authorization header")
         return USERS.get(token)
 
-    def _writer(self, owner: str) -> None:
+    def _writer(self, owner: str, proposes: bool = False) -> None:
         if self._user() is None:
             raise _Refusal(401, message="Log in first")
-        if self._user() != owner or self.headers["Authorization"].endswith(READ_TOKEN):
+        if (self._user() != owner and not proposes) or self.headers["Authorization"].endswith(READ_TOKEN):
             raise _Refusal(403, message=f"You don't have the rights to write to {owner}")
 
-    def _repo(self, name: str, write: bool = False) -> Repo:
+    def _repo(self, name: str, write: bool = False, proposes: bool = False) -> Repo:
+        """`proposes`: to write to a pull request, which anybody may open."""
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and self._user() != name.partition("/")[0]):
             raise _Refusal(404 if self._user() else 401, "RepoNotFound", "Repository not found")
-        if write:
-            self._writer(name.partition("/")[0])
+        if write or proposes:
+            self._writer(name.partition("/")[0], proposes)
         return repo
 
-    def _commit(self, name: str, revision: str, write: bool = False) -> Commit:
-        commit = self._repo(name, write).find(revision)
+    def _commit(self, name: str, revision: str, write: bool = False, proposes: bool = False) -> Commit:
+        commit = self._repo(name, write, proposes).find(revision)
         if commit is None:
             raise _Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return commit
@@ -205,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
             case (_, "api", "models", owner, name, *rest):
                 self._model(f"{owner}/{name}", rest, query, body)
             case ("POST", owner, name, "info", "lfs", "objects", "batch"):
-                self._repo(f"{owner}/{name.removesuffix('.git')}", write=True)
+                self._repo(f"{owner}/{name.removesuffix('.git')}", proposes=True)  # it is not told what for
                 self._send({"transfer": "basic", "objects": [self._transfer(o) for o in json.loads(body)["objects"]]})
             case ("PUT", "_lfs", oid):
                 if hashlib.sha256(body).hexdigest() != oid:
@@ -243,7 +252,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _model(self, name: str, rest: list[str], query: dict[str, list[str]], body: bytes) -> None:
         match (self.command, *rest):
             case ("POST", "preupload", revision):
-                files = self._commit(name, revision, write=True).files
+                files = self._commit(name, revision, write=True, proposes="create_pr" in query).files
                 self._send(
                     {
                         "files": [
@@ -282,7 +291,8 @@ class _Handler(BaseHTTPRequestHandler):
         return hashlib.sha256(files[path]).hexdigest() if _is_lfs(path) else _git_oid(files[path])
 
     def _take_commit(self, name: str, revision: str, create_pr: bool, lines: list[bytes]) -> None:
-        files, title, repo = dict(self._commit(name, revision, write=not create_pr).files), "", self._repo(name)
+        files, title = dict(self._commit(name, revision, write=True, proposes=create_pr).files), ""
+        repo = self._repo(name)
         for item in map(json.loads, filter(bytes.strip, lines)):
             value = item["value"]
             if item["key"] == "header":

@@ -7,8 +7,10 @@ import re
 import sys
 import traceback
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.utils._http
 import torch
 import transformers as T
@@ -27,8 +29,8 @@ logging.basicConfig(level=logging.DEBUG)  # whatever is logged must hold no toke
 T.logging.disable_progress_bar()
 
 
-def fail(method, path, status=None, times=1):
-    body = json.dumps({"method": method, "path": path, "status": status, "times": times}).encode()
+def fail(method, path, status=None, times=1, lost=False):
+    body = json.dumps({"method": method, "path": path, "status": status, "times": times, "lost": lost}).encode()
     urllib.request.urlopen(f"{os.environ['HF_ENDPOINT']}/_fail", body)
 
 
@@ -82,7 +84,7 @@ torch.save(logits(layout), scratch / "standalone.pt")
 
 layout.save_pretrained(scratch / "folder", processing_class=tokenizer(), max_shard_size="20KB")
 (scratch / "folder" / "checkpoint-1").mkdir()
-for name in ("training_args.bin", ".env", "checkpoint-1/model.safetensors"):
+for name in ("training_args.bin", ".env", "checkpoint-1/model.safetensors", "credentials.json", "train_log.txt"):
     (scratch / "folder" / name).write_bytes(b"secret")
 before = {path.name: path.read_bytes() for path in (scratch / "folder").iterdir() if path.is_file()}
 hf_prune.push_to_hub(scratch / "folder", "user/folder")
@@ -102,7 +104,30 @@ card = scratch / "folder" / "README.md"
 written = card.read_text()
 card.write_text("---\nlicense: mit\n---\n# My words\n")
 hf_prune.push_to_hub(scratch / "folder", "user/own-card")
+card.write_text("---\nlicense: mit\n---\n# My better words\n")
+hf_prune.push_to_hub(scratch / "folder", "user/own-card")
 card.write_text(written)
+
+layout.push_to_hub("user/claimed")
+huggingface_hub.upload_file(path_or_fileobj=b"# Edited\n", path_in_repo="README.md", repo_id="user/claimed")
+pruned(seed=9).push_to_hub("user/claimed")
+
+# What is known of a dense model that came from the Hub
+
+tiny_model("bert").save_pretrained(scratch / "dense")
+(scratch / "dense" / "README.md").write_text("---\nlicense: mit\nlanguage: en\n---\n# Dense\n")
+huggingface_hub.create_repo("user/dense")
+huggingface_hub.upload_folder(repo_id="user/dense", folder_path=scratch / "dense")
+child = hf_prune.AutoPrunableModelForSequenceClassification.from_pretrained("user/dense")
+child.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+child.shrink().save_pretrained(scratch / "child")
+results["unknown license"] = hf_prune.PruningReport.load(scratch / "child").metadata
+hf_prune.push_to_hub(scratch / "child", "user/child")  # learns it from the card
+child.push_to_hub("user/child-in-memory")  # knows it from the cache
+fail("HEAD", "/user/plain/resolve/.*README", 500, 99)
+orphan = replace(layout.pruning_result.report, metadata={"base_model": "user/plain", "base_revision": "main"})
+hf_prune.push_to_hub(layout, "user/orphan", report=orphan)
+recover()
 
 # Failures, and what a second try makes of them
 
@@ -114,6 +139,7 @@ for name, failure in {
     "refused": ("POST", "/commit/", 403, 1),
     "unknown": ("POST", "/commit/", 401, 1),
     "no network": ("POST", "/api/repos/create", None, 1),
+    "lost": ("POST", "/commit/", None, 1, True),
 }.items():
     model = pruned(seed=2 + len(errors))
     model.save_pretrained(scratch / name)
@@ -129,6 +155,8 @@ refused("public", hf_prune.push_to_hub, scratch / "cut", "user/plain", private=T
 refused("another's", hf_prune.push_to_hub, scratch / "cut", "other/plain")
 huggingface_hub.create_repo("other/taken", token=OTHER_TOKEN)
 refused("taken", hf_prune.push_to_hub, scratch / "cut", "other/taken")
+layout.push_to_hub("other/taken", create_pr=True)
+results["another's pull request"] = same(layout, "other/taken", revision="refs/pr/1")
 refused("read only", hf_prune.push_to_hub, scratch / "cut", "user/read-only", token=READ_TOKEN)
 refused("wrong token", hf_prune.push_to_hub, scratch / "cut", "user/wrong", token="hf_" + "wrongWRO" * 4)
 refused("broken token", hf_prune.push_to_hub, scratch / "cut", "user/wrong", token="hf_" + "wrongWRO" * 4 + "\n")

@@ -227,6 +227,10 @@ SECRETS = {
     "--hub-token hunter3x": "hunter3x",
     "https://example.com/?token=hunter4x&a=1": "hunter4x",
     "Authorization: Bearer hunter5x": "hunter5x",
+    "https://me:p@hunter6x@example.com/x": "hunter6x",
+    "https://me:p/hunter7x@example.com/x": "hunter7x",
+    "Authorization: Basic aHVudGVyOHg6eA": "aHVudGVyOHg6eA",
+    "curl -u alice:hunter9x example.com": "hunter9x",
     "/home/canary/secret-project": "canary",
     "/Users/canary/secret-project": "canary",
     "C:\\Users\\canary\\secret": "canary",
@@ -292,8 +296,9 @@ class TestForeignWords:
     def test_home(self, monkeypatch):
         monkeypatch.setenv("HOME", "/srv/people/canary")
         assert redact("see /srv/people/canary/x and /srv/people/canary2") == "see ~/x and /srv/people/canary2"
-        assert redact({"hub_token": "x", "pad_token": "[PAD]", "tokens": 5}) == {
+        assert redact({"hub_token": "x", "Authorization": "x", "pad_token": "[PAD]", "tokens": 5}) == {
             "hub_token": "...",
+            "Authorization": "...",
             "pad_token": "[PAD]",
             "tokens": 5,
         }
@@ -354,10 +359,13 @@ class TestWriting:
     def test_malformed_reports(self, folder, broken):
         data = {**json.loads((folder / "pruning_report.json").read_text()), **broken}
         (folder / "pruning_report.json").write_text(json.dumps(data))
-        before = (folder / "README.md").read_bytes()
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
         with pytest.raises(PruningError, match="malformed|card"):
             write_card(folder)
-        assert (folder / "README.md").read_bytes() == before
+        data["calibration"] = {}
+        with pytest.raises(PruningError, match="malformed|card"):
+            write_card(folder, PruningReport.from_dict(data))
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
     def test_a_card_that_fails_costs_no_model(self, tmp_path, report, caplog):
         report.evaluation = [{"metric": "x"}]

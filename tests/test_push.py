@@ -1,12 +1,16 @@
 """Pushing to a Hub and loading from it, over the Hub's HTTP protocol: see loopback_hub.py and push_client.py."""
 
+import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+import transformers
 from huggingface_hub import ModelCard
 from loopback_hub import OTHER_TOKEN, READ_TOKEN, TOKEN, LoopbackHub
 from test_layout import shrunk
@@ -15,6 +19,7 @@ import hf_prune
 from hf_prune import cli
 from hf_prune.errors import ConfigError, SaveError
 from hf_prune.hub.card import MARKER
+from hf_prune.hub.files import VOCABULARIES, published
 
 HERE = Path(__file__).parent
 ALWAYS = {".gitattributes", "README.md", "config.json", "model.safetensors", "pruning_layers.png"}
@@ -72,7 +77,10 @@ def test_one_commit_brings_everything_and_our_card(client, repo, files):
     assert f'from_pretrained("user/{repo}"' in card(commit).text
 
 
-@pytest.mark.parametrize("road", ["plain", "layout", "folder", "revision", "pull request loads", "private"])
+@pytest.mark.parametrize(
+    "road",
+    ["plain", "layout", "folder", "revision", "pull request loads", "another's pull request", "private"],
+)
 def test_what_is_on_the_hub_computes_what_was_in_memory(client, road):
     assert client.printed["results"][road] is True
 
@@ -104,9 +112,11 @@ def test_metadata(client):
 
 def test_of_a_folder_only_the_model_is_uploaded(client):
     _, commit = commits(client, "user/folder")
-    uploaded = set(commit.files)
-    assert not uploaded & {"training_args.bin", ".env"} and not any("/" in name for name in uploaded)
-    assert sum(name.startswith("model-0000") for name in uploaded) > 1
+    shards = {name for name in commit.files if name.startswith("model-0000")}
+    assert len(shards) > 1
+    assert set(commit.files) - shards == (ALWAYS | WORDS | {"model.safetensors.index.json"}) - {"model.safetensors"}
+    left = ".env, checkpoint-1, credentials.json, train_log.txt, training_args.bin"
+    assert f"Not uploaded, as no files of a model: {left}." in client.done.stderr
 
 
 def test_weights_of_an_earlier_push_go(client):
@@ -119,6 +129,10 @@ def test_branches_and_pull_requests_leave_main_alone(client):
     repo = client.repos["user/plain"]
     assert {branch: len(found) for branch, found in repo.branches.items()} == {"main": 2, "layout": 2, "refs/pr/1": 1}
     assert client.printed["results"]["pull request"].endswith("/user/plain/discussions/1")
+    assert {branch: len(found) for branch, found in client.repos["other/taken"].branches.items()} == {
+        "main": 1,
+        "refs/pr/1": 1,
+    }
     for branch in ("layout", "refs/pr/1"):
         files = repo.branches[branch][-1].files
         assert set(files) == ALWAYS | WORDS and files["config.json"] != repo.find("main").files["config.json"]
@@ -130,10 +144,43 @@ def test_private_stays_private(client):
 
 
 def test_a_card_of_somebody_else_is_uploaded_as_it_is(client):
-    assert commits(client, "user/own-card")[1].files["README.md"] == b"---\nlicense: mit\n---\n# My words\n"
+    _, first, second = commits(client, "user/own-card")
+    assert first.files["README.md"] == b"---\nlicense: mit\n---\n# My words\n"
+    assert second.files["README.md"] == b"---\nlicense: mit\n---\n# My better words\n"
 
 
-@pytest.mark.parametrize("failure", ["flaky", "cut", "broken", "refused", "unknown", "no network"])
+def test_a_card_that_was_edited_on_the_hub_stays(client):
+    _, first, edited, last = commits(client, "user/claimed")
+    assert MARKER in first.files["README.md"].decode() and last.files["README.md"] == b"# Edited\n"
+    assert last.files["model.safetensors"] != edited.files["model.safetensors"]
+    assert "The card of user/claimed stays as it is" in client.done.stderr
+
+
+def test_a_dense_model_of_the_hub_is_named_and_its_license_copied(client):
+    revision = commits(client, "user/dense")[-1].sha
+    assert client.printed["results"]["unknown license"] == {"base_model": "user/dense", "base_revision": revision}
+    for repo in ("child", "child-in-memory"):
+        _, commit = commits(client, f"user/{repo}")
+        data = card(commit).data
+        assert (data.base_model, data.license, data.language) == ("user/dense", "mit", "en")
+        assert f"`{revision}`" in card(commit).text
+        metadata = json.loads(commit.files["pruning_report.json"])["metadata"]
+        assert (metadata["base_revision"], metadata["license"]) == (revision, "mit")
+    assert client.requests.count(("GET", f"/user/dense/resolve/{revision}/README.md")) == 1
+
+
+def test_a_license_that_can_not_be_read_is_left_out(client):
+    data = card(commits(client, "user/orphan")[1]).data
+    assert data.base_model == "user/plain" and data.license is None
+
+
+@pytest.mark.parametrize("failure", ["refused", "unknown", "lost"])
+def test_what_has_arrived_is_not_sent_twice(client, failure):
+    weights = commits(client, f"user/{failure}")[1].files["model.safetensors"]
+    assert client.requests.count(("PUT", f"/_lfs/{hashlib.sha256(weights).hexdigest()}")) == 1
+
+
+@pytest.mark.parametrize("failure", ["flaky", "cut", "broken", "refused", "unknown", "no network", "lost"])
 def test_after_a_failure_the_next_try_makes_the_one_commit(client, failure):
     assert client.printed["results"].get(failure, True) is True  # the folder is intact, and what was pushed loads
     _, commit = commits(client, f"user/{failure.replace(' ', '-')}")
@@ -148,9 +195,10 @@ def test_after_a_failure_the_next_try_makes_the_one_commit(client, failure):
         ("refused", "SaveError", "may not write"),
         ("unknown", "SaveError", "hf auth login"),
         ("no network", "SaveError", "Check the network"),
+        ("lost", "SaveError", "push again"),
         ("public", "SaveError", "exists and is public"),
         ("another's", "SaveError", "belongs to another"),
-        ("taken", "SaveError", "belongs to another"),
+        ("taken", "SaveError", "create_pr=True"),
         ("read only", "SaveError", "may only read"),
         ("wrong token", "SaveError", "hf auth login"),
         ("broken token", "ConfigError", "token is malformed"),
@@ -160,8 +208,6 @@ def test_after_a_failure_the_next_try_makes_the_one_commit(client, failure):
     ],
 )
 def test_errors_say_what_to_do(client, failure, kind, message):
-    import re
-
     said = client.printed["errors"][failure]
     assert f"errors.{kind}: " in said and re.search(message, said, re.DOTALL)
 
@@ -218,6 +264,34 @@ class TestBeforeAnyNetwork:
         next((tmp_path / "model").glob("model-00002*")).unlink()
         with pytest.raises(ConfigError, match="lacks model-00002"):
             hf_prune.push_to_hub(tmp_path / "model", "user/x", token="hf_x")
+
+    def test_links_out_of_the_folder(self, tmp_path):
+        folder, away = tmp_path / "model", tmp_path / "away"
+        hf_prune.save_pretrained(shrunk("bert"), folder)
+        away.write_text("secret")
+        (folder / "vocab.txt").symlink_to(away)
+        (folder / "merges.txt").write_text("a b")
+        (folder / "dict.txt").symlink_to("merges.txt")
+        taken, left = published(folder)
+        assert left == ["vocab.txt"] and {"merges.txt", "dict.txt"} <= set(taken)
+        (folder / "model.safetensors").replace(away)
+        (folder / "model.safetensors").symlink_to(away)
+        with pytest.raises(ConfigError, match="lacks model.safetensors.*link"):
+            hf_prune.push_to_hub(folder, "user/x", token="hf_x")
+
+    def test_all_that_tokenizers_of_transformers_save_is_uploaded(self, tmp_path):
+        sources = Path(transformers.__file__).parent.glob("models/*/tokenization_*.py")
+        tables = [
+            t for source in sources for t in re.findall(r"VOCAB_FILES_NAMES = {.*?}", source.read_text(), re.DOTALL)
+        ]
+        names = {name for table in tables for name in re.findall(r'"([\w.-]+\.\w+)"', table)}
+        assert {"source.spm", "tokenizer.json", "vocab.txt"} <= names
+        for name in names | {"chat_template.jinja", "preprocessor_config.json", "trainer_state.json"}:
+            (tmp_path / name).touch()
+            assert name.endswith(".json") or any(fnmatch(name, pattern) for pattern in VOCABULARIES)
+        (tmp_path / "additional_chat_templates").mkdir()
+        (tmp_path / "additional_chat_templates" / "tools.jinja").touch()
+        assert published(tmp_path)[1] == ["trainer_state.json"]
 
     @pytest.mark.parametrize("option", [{"standalone": True}, {"tags": ["x"]}, {"max_shard_size": "1GB"}])
     def test_options_of_a_model_for_a_folder(self, tmp_path, option):

@@ -11,6 +11,7 @@ from .. import evaluation
 from ..benchmark import compare, comparison_table, load_checkpoint
 from ..calibration import Calibrator
 from ..evaluation import Evaluator
+from ..hub.files import VOCABULARIES
 from .arguments import MODEL, add_device, count, distinct_names
 from .data import add_data, read_examples, reading
 from .loading import check_device, load_processor, resolve, trying
@@ -33,9 +34,6 @@ The table is Markdown, with ratios to the first model. Data for quality have a
 column `label` or `labels`; the perplexity of a causal language model is that of a
 .txt file, or of --text-column.
 """
-
-
-_VOCABULARIES = ("*.txt", "*.model", "*.jinja", "*.tiktoken")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -124,4 +122,4 @@ def _folder(model: str) -> str:
     if Path(name).is_dir():
         return name
     with trying(f"download the model {model!r}"):
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *_VOCABULARIES])
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", *VOCABULARIES])

@@ -3,14 +3,16 @@
 import json
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, try_to_load_from_cache
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PreTrainedModel
 from transformers.modelcard import TASK_MAPPING
@@ -19,7 +21,7 @@ from ..errors import ConfigError, PruningError
 from ..layout import KEY
 from ..plots import plot_units
 from ..redaction import redact
-from ..report import PruningReport
+from ..report import REPORT_FILE, PruningReport
 from . import sections
 from .markdown import block, code, line, table, text
 from .standalone import auto_classes
@@ -50,7 +52,8 @@ def write_card(
     Raises:
         ConfigError: There is a card that hf_prune did not write, or that was claimed by removing the line which says
             so.
-        PruningError: There is no report in the folder, or it is malformed.
+        PruningError: There is no report in the folder, it is malformed, or the folder can't be written. Nothing in it
+            has changed.
 
     Examples:
         ```python
@@ -68,13 +71,20 @@ def write_card(
     known = report if report is not None else PruningReport.load(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        draw_layers(known, folder / PICTURE_FILE)
-        rendered = render_card(known, config, name or folder.name, picture=(folder / PICTURE_FILE).exists())
+        # Inside the folder, for a file can take another's place at once only on the same file system.
+        with tempfile.TemporaryDirectory(prefix=".card-", dir=folder) as scratch:
+            new = Path(scratch)
+            draw_layers(known, new / PICTURE_FILE)
+            picture = any((place / PICTURE_FILE).exists() for place in (new, folder))
+            rendered = render_card(known, config, name or folder.name, picture=picture)
+            (new / CARD_FILE).write_text(rendered, encoding="utf-8")
+            if report is not None:
+                report.save(new)
+            for file in (PICTURE_FILE, REPORT_FILE, CARD_FILE):  # what the card shows comes before it
+                if (new / file).exists():
+                    os.replace(new / file, folder / file)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PruningError(f"Can't write a card for {folder}: {error!r}") from error
-    if report is not None:
-        report.save(folder)
-    card.write_text(rendered, encoding="utf-8")
     return card
 
 
@@ -132,25 +142,34 @@ def render_card(report: PruningReport, config: Mapping[str, Any], name: str, *, 
 # Metadata
 
 
+_STATED = ("license", "license_name", "license_link", "language")
+
+
 def origin(model: PreTrainedModel) -> dict[str, Any]:
     """What is known on this machine of the model that was pruned: its id on the Hub, and what its card states."""
-    source, commit = str(model.config.name_or_path or ""), getattr(model.config, "_commit_hash", None)
-    found: dict[str, Any] = {}
-    wanted = ["license", "license_name", "license_link", "language"]
-    readme: Any = None
+    source = str(model.config.name_or_path or "")
     if source and Path(source).is_dir():  # a folder has no public name, the model that it was made of may have one
-        wanted.append("base_model")
-        readme = Path(source) / CARD_FILE
-    elif commit is not None and is_repo_id(source):  # without a commit it may be a folder that is gone
-        found = {"base_model": source, "base_revision": commit}
-        readme = try_to_load_from_cache(source, CARD_FILE, revision=commit)
-    if isinstance(readme, str | Path) and Path(readme).is_file():
-        try:
-            data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
-        except Exception:  # another's card, and YAML raises anything
-            return found
-        found |= {key: data[key] for key in wanted if data.get(key)}
+        return stated(Path(source) / CARD_FILE, "base_model", *_STATED)
+    if not is_repo_id(source):
+        return {}
+    # A model does not know its revision: it can be told only where the cache holds a single one.
+    cached = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=source, repo_type="model"), "snapshots")
+    snapshots = [config.parent for config in cached.glob("*/config.json")]
+    found = {"base_model": source} if snapshots else {}  # else it may be a folder that is gone
+    if len(snapshots) == 1:
+        found |= {"base_revision": snapshots[0].name, **stated(snapshots[0] / CARD_FILE)}
     return found
+
+
+def stated(readme: Path, *keys: str) -> dict[str, Any]:
+    """What a card states under these keys of its metadata, by default license and language."""
+    if not readme.is_file():
+        return {}
+    try:
+        data = ModelCard.load(readme, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # another's card, and YAML raises anything
+        return {}
+    return {key: data[key] for key in keys or _STATED if data.get(key)}
 
 
 def is_repo_id(name: Any) -> bool:

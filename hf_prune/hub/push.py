@@ -20,15 +20,11 @@ from ..masks import PruningMask
 from ..redaction import HIDDEN, redact
 from ..report import REPORT_FILE, PruningReport
 from ..weight_masks import WeightMask
-from .card import CARD_FILE, PICTURE_FILE, is_ours, is_repo_id, render_card
+from .card import CARD_FILE, PICTURE_FILE, is_ours, is_repo_id, render_card, stated
+from .files import of_a_model, published
 from .saving import save_pretrained
-from .staging import of_a_model
 
 logger = logging.get_logger(__name__)
-
-# Pickles, logs and whatever else is in a folder stay at home.
-_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja", ".tiktoken", ".py", ".md", ".png", ".svg", ".onnx")
-_NAMES = ("LICENSE", "NOTICE")
 
 
 def push_to_hub(
@@ -52,12 +48,16 @@ def push_to_hub(
 
     A model is saved to a temporary folder first, reloaded and compared. Nothing is visible on the Hub before the
     commit; after a failure push again: what has arrived is not sent twice, and what is there already makes no second
-    commit. Weights of an earlier model in the repository go with the same commit.
+    commit. Weights of an earlier model in the repository go with the same commit; a card there that hf_prune did not
+    write, or that was claimed by removing the line which says so, stays. If the model that was pruned came from the
+    Hub, and no license is known, the one that its card states is copied.
 
     Args:
         model (`PreTrainedModel`, `str` or path): The model, or a folder that [`save_pretrained`] wrote. Of a folder
-            the files of the model, its tokenizer and its card are uploaded: no subfolders, no pickles, no logs. A card
-            that hf_prune did not write is uploaded as it is.
+            those files are uploaded that hf_prune and transformers, by their names, write for a model: weights and
+            configs, mask, report and picture, tokenizer or processor with its chat templates, modeling code, license
+            and card. All else stays at home, links that leave the folder too, and the log names it. A card that
+            hf_prune did not write is uploaded as it is.
         repo_id (`str`): `"user/name"`; `"name"` is a repository of your own. It is created if need be.
         processing_class, mask, report, standalone (*optional*): See [`save_pretrained`]; not for a folder.
         private (`bool`, *optional*): Whether the repository is private if it is created, by default as on the Hub.
@@ -73,7 +73,8 @@ def push_to_hub(
         `CommitInfo`: As huggingface_hub returns it: `commit_url`, `oid`, `pr_url`.
 
     Raises:
-        ConfigError: The name can't be that of a repository, there is no token, or `model` is no checkpoint.
+        ConfigError: The name can't be that of a repository, there is no token, or `model` is no checkpoint, or one
+            with files missing.
         SaveError: The Hub can't be reached, or refuses; or the model can't be saved. What is on disk is as it was.
 
     Examples:
@@ -166,18 +167,29 @@ class Repository:
         variant: str | None = None,
     ) -> CommitInfo:
         """[`push_to_hub`] of a folder."""
-        _check_complete(folder)
+        files, left = published(folder)
+        _check_complete(folder, files)
+        if left:
+            logger.warning(f"Not uploaded, as no files of a model: {', '.join(left)}.")
         repo_id = self.create(private)
-        files = _files(folder, repo_id)
         goes = of_a_model(variant)
-        with self._explaining():
+        with self._explaining(), tempfile.TemporaryDirectory() as scratch:
             if revision is not None and not create_pr and not revision.startswith("refs/"):
                 self._api.create_branch(repo_id, branch=revision, exist_ok=True)
             there = self._api.list_repo_files(repo_id, revision=revision)
+            if CARD_FILE not in files or is_ours(files[CARD_FILE]):
+                if CARD_FILE in there and not self._is_ours(revision, scratch):
+                    logger.warning(
+                        f"The card of {repo_id} stays as it is: hf_prune did not write it, or it was edited. Remove "
+                        f"{CARD_FILE} there and push again to get a new one."
+                    )
+                    files.pop(CARD_FILE, None)
+                else:
+                    files |= self._documents(files, Path(scratch))
             return self._api.create_commit(
                 repo_id,
                 [
-                    *(CommitOperationAdd(name, content) for name, content in files.items()),
+                    *(CommitOperationAdd(name, path) for name, path in files.items()),
                     *(CommitOperationDelete(name) for name in there if goes(name) and name not in files),
                 ],
                 commit_message=commit_message or "Upload pruned model",
@@ -185,6 +197,41 @@ class Repository:
                 revision=revision,
                 create_pr=create_pr,
             )
+
+    def _is_ours(self, revision: str | None, scratch: str) -> bool:
+        """Whether hf_prune wrote the card on the Hub, and nobody has claimed it since."""
+        return is_ours(Path(self._api.hf_hub_download(self.repo_id, CARD_FILE, revision=revision, local_dir=scratch)))
+
+    def _documents(self, files: dict[str, Path], scratch: Path) -> dict[str, Path]:
+        """The card with the repository's name, and the report where it learns of a license."""
+        if REPORT_FILE not in files:
+            return {}
+        found = {CARD_FILE: scratch / CARD_FILE}
+        try:
+            report = PruningReport.load(files[REPORT_FILE])
+            if learned := self._license(report.metadata):
+                report.metadata |= learned
+                found[REPORT_FILE] = scratch / REPORT_FILE
+                report.save(found[REPORT_FILE])
+            config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+            card = render_card(report, config, self.repo_id, picture=PICTURE_FILE in files)
+        except (PruningError, ValueError) as error:
+            logger.warning(f"The model is uploaded without a new card: {error}")
+            return {}
+        found[CARD_FILE].write_text(card, encoding="utf-8")
+        return found
+
+    def _license(self, known: dict[str, Any]) -> dict[str, Any]:
+        """What the card of the dense model states, where that came from the Hub: loading it fetched no card."""
+        if "license" in known or not is_repo_id(known.get("base_model")) or "base_revision" not in known:
+            return {}
+        try:
+            revision = known["base_revision"]
+            readme = self._api.hf_hub_download(known["base_model"], CARD_FILE, revision=revision)
+        except Exception as error:  # it has none, is gone, or may not be read: a license is not worth a push
+            logger.info(f"The license of {known['base_model']} is not known: {type(error).__name__}.")
+            return {}
+        return {key: value for key, value in stated(Path(readme)).items() if key not in known}
 
     @contextmanager
     def _explaining(self) -> Iterator[None]:
@@ -211,38 +258,30 @@ class Repository:
         if status == 401:
             return "the Hub does not know the token. Run `hf auth login` with one that is valid and may write."
         if status == 403:
-            return "the token may not write there. The repository belongs to another, or the token may only read."
+            return (
+                "the token may not write there. The repository belongs to another, who may take a pull request "
+                "(create_pr=True), or the token may only read."
+            )
         if status == 404:
             return "there is no such repository, branch or pull request, or the token may not see it."
         return "the Hub failed. Push again later: what has arrived is not sent twice."
 
 
-def _check_complete(folder: Path) -> None:
+def _check_complete(folder: Path, files: dict[str, Path]) -> None:
     disk_bytes(folder)  # raises where there is no checkpoint
-    for index in folder.glob("model.safetensors.index*.json"):
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ConfigError(f"{index} is malformed: save the model again.") from error
-        for shard in sorted(shards):
-            if not (folder / shard).is_file():
-                raise ConfigError(f"{folder} lacks {shard}, which {index.name} names: save the model again.")
-
-
-def _files(folder: Path, repo_id: str) -> dict[str, str | bytes]:
-    """What is uploaded of a folder, by name: the path of each file; a card of ours, for the repository's name."""
-    found: dict[str, str | bytes] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith((".", "_")):
-            if path.suffix in _SUFFIXES or path.name in _NAMES:
-                found[path.name] = str(path)
-            else:
-                logger.warning(f"{path.name} is not uploaded: it is no file of a model, or a pickle.")
-    if REPORT_FILE in found and (CARD_FILE not in found or is_ours(folder / CARD_FILE)):
-        try:
-            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            card = render_card(PruningReport.load(folder), config, repo_id, picture=PICTURE_FILE in found)
-            found[CARD_FILE] = card.encode()
-        except (PruningError, ValueError) as error:
-            logger.warning(f"The model is uploaded without a new card: {error}")
-    return found
+    needed = {"config.json": "the model"}
+    for name, path in files.items():
+        if name.startswith("model.safetensors.index"):
+            try:
+                shards = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, AttributeError) as error:
+                raise ConfigError(f"{path} is malformed: save the model again.") from error
+            needed |= dict.fromkeys(sorted(shards), name)
+    if not any(name.startswith("model") and name.endswith(".safetensors") for name in files):
+        needed["model.safetensors"] = "the model"
+    for name, whose in needed.items():
+        if name not in files:
+            raise ConfigError(
+                f"{folder} lacks {name}, which {whose} needs; a link to a file elsewhere is not followed: save the "
+                "model again."
+            )

@@ -131,7 +131,10 @@ def save_pretrained(
         outputs = _verify(model, state, staging, standalone, needed, options.get("variant"))
         if report is not None:
             verified = _verified(model, staging, processing_class, standalone, needed, outputs)
-            metadata = origin(model) | report.metadata
+            source = origin(model)
+            if report.metadata.get("base_model", source.get("base_model")) != source.get("base_model"):
+                source.pop("base_revision", None)  # it is that of another model
+            metadata = source | report.metadata
             _document(replace(report, verified=verified, metadata=metadata), staging, target.name)
         for file in staging.iterdir():
             if file.is_file():

@@ -2,19 +2,18 @@
 
 import ctypes
 import os
-import re
 import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatch
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..errors import SaveError
-from .card import CARD_FILE, PICTURE_FILE, is_ours
+from .card import CARD_FILE, is_ours
+from .files import of_a_model
 
 
 @contextmanager
@@ -37,24 +36,6 @@ def staged(target: Path) -> Iterator[Path]:
         raise SaveError(f"Could not save to {target}, which is as it was: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-_OF_A_MODEL = (
-    "pytorch_model*",
-    "config.json",
-    "generation_config.json",
-    "modeling_hf_prune.py",
-    "pruning_mask.safetensors",
-    "pruning_report.json",
-    PICTURE_FILE,
-)
-
-
-def of_a_model(variant: str | None = None) -> Callable[[str], bool]:
-    """Whether a file, by its name, belongs to the model in a folder, and goes when another one takes its place."""
-    middle = f"\\.{re.escape(variant)}" if variant else ""
-    weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
-    return lambda name: bool(weights.fullmatch(name)) or any(fnmatch(name, pattern) for pattern in _OF_A_MODEL)
 
 
 def link_others(source: Path, staging: Path, variant: str | None) -> None:
