@@ -391,8 +391,9 @@ def test_intervals():
     assert wilson_interval(1.0, 10)[1] == pytest.approx(1.0) and wilson_interval(1.0, 10)[0] < 0.75
 
 
-@pytest.mark.parametrize("folder", sorted(CARDS.glob("*/")), ids=lambda folder: folder.name)
-def test_the_cards_in_the_repository_are_those_of_their_reports(folder, tmp_path):
+@pytest.mark.parametrize("name", ["minilm-kcm", "minilm-kprune", "minilm-nas", "minilm-pass", "smollm-wanda-lora"])
+def test_the_cards_in_the_repository_are_those_of_their_reports(name):
+    folder = CARDS / name
     report = PruningReport.load(folder)
     config = json.loads((folder / "config.json").read_text())
     rendered = render_card(report, config, folder.name, picture=(folder / "pruning_layers.png").exists())
