@@ -315,7 +315,7 @@ def _check_report(report: PruningReport) -> None:
 def _check(name: str, value: Any, kind: Any) -> None:
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if not any(_is(value, each) for each in kinds):
-        words = f"{kind} number" if kind == "positive" else str(kind).removeprefix("<class '").removesuffix("'>")
+        words = "a positive number" if kind == "positive" else str(kind).removeprefix("<class '").removesuffix("'>")
         given = "nothing" if value is None else repr(value)[:80]
         raise PruningError(f"Not a pruning report: {name} must be {words}, got {given}.")
 

@@ -263,7 +263,7 @@ def _processor(processing_class: Any, directory: Path) -> str | None:
 def _importable(model: PreTrainedModel, directory: Path) -> bool:
     """Whether `from transformers import ...` gives the class of a model, and not one that it was derived from."""
     cls, classes = getattr(transformers, type(model).__name__, None), type(model).__mro__
-    if cls not in classes or "auto_map" in json.loads((directory / "config.json").read_text(encoding="utf-8")):
+    if cls not in classes or '"auto_map"' in (directory / "config.json").read_text(encoding="utf-8"):
         return False
     homes = {cls.__module__, "hf_prune.modeling"}  # of the class that prunable() makes, and of its mixin
     derived = (c.__module__ for c in classes[: classes.index(cls)])

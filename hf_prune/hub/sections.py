@@ -46,12 +46,12 @@ def verdict(report: PruningReport, base: str | None) -> str:
 
 
 def _gone(report: PruningReport) -> str:
-    kinds = dict.fromkeys(row["kind"] for row in report.units)
-    counts = {kind: [row for row in report.units if row["kind"] == kind] for kind in kinds}
-    return " and ".join(
-        f"{sum(row['size'] - row['kept'] for row in rows):,} of {sum(row['size'] for row in rows):,} {kind}"
-        for kind, rows in counts.items()
-    )
+    counts: dict[str, list[int]] = {}
+    for row in report.units:
+        count = counts.setdefault(row["kind"], [0, 0])
+        count[0] += row["size"] - row["kept"]
+        count[1] += row["size"]
+    return " and ".join(f"{gone:,} of {size:,} {kind}" for kind, (gone, size) in counts.items() if gone) or "no units"
 
 
 def _less(ratio: float) -> str:
