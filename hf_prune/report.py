@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -315,7 +316,7 @@ def _check_report(report: PruningReport) -> None:
 def _check(name: str, value: Any, kind: Any) -> None:
     kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if not any(_is(value, each) for each in kinds):
-        words = "a positive number" if kind == "positive" else str(kind).removeprefix("<class '").removesuffix("'>")
+        words = "a positive number" if kind == "positive" else re.sub(r"<class '|'>|typing\.", "", str(kind))
         given = "nothing" if value is None else repr(value)[:80]
         raise PruningError(f"Not a pruning report: {name} must be {words}, got {given}.")
 

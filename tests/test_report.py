@@ -47,7 +47,7 @@ class TestFile:
             ("before.macs", 0, "before.macs must be a positive number, got 0"),
             ("after", {}, "after.macs must be float, got nothing"),
             ("before.memory", None, "before must be dict[str, float], got {"),
-            ("evaluation", None, "evaluation must be list[dict[str, typing.Any]], got nothing"),
+            ("evaluation", None, "evaluation must be list[dict[str, Any]], got nothing"),
             ("evaluation", [{"metric": "accuracy"}], "evaluation[0].before must be float, got nothing"),
             ("evaluation.0.after", "0.9", "evaluation[0].after must be float, got '0.9'"),
             ("evaluation.0.n", "872", "evaluation[0].n must be int | None, got '872'"),
