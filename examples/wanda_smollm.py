@@ -96,7 +96,9 @@ def load_texts(args: WandaArguments, cache: Path) -> tuple[str, str]:
     return "\n\n".join(texts[:400]), "\n\n".join(texts[400:])
 
 
-def recover(model: PreTrainedModel, mask: hf_prune.WeightMask, windows: torch.Tensor, args: WandaArguments) -> None:
+def recover(
+    model: PreTrainedModel, result: hf_prune.PruningResult, windows: torch.Tensor, args: WandaArguments
+) -> None:
     training_args = TrainingArguments(
         args.output_dir,
         max_steps=args.recover,
@@ -108,7 +110,7 @@ def recover(model: PreTrainedModel, mask: hf_prune.WeightMask, windows: torch.Te
         report_to="none",
     )
     rows = [{"input_ids": window, "labels": window} for window in windows]
-    hf_prune.recover_with_lora(model, mask, rows, args=training_args)
+    hf_prune.recover_with_lora(model, result.mask, rows, args=training_args, report=result.report)
 
 
 def main() -> None:
@@ -134,9 +136,9 @@ def main() -> None:
     result = hf_prune.prune(model, config, calibration, batch_size=1)
     figures["pruned"] = quality(model)
     if args.recover:
-        recover(model, result.mask, windows[args.samples :], args)
+        recover(model, result, windows[args.samples :], args)
+        result.report.recovery |= {"tokens a step": args.length}
         figures["recovered"] = quality(model)
-        result.report.recovery = {"method": "LoRA", "steps": args.recover, "tokens a step": args.length}
     result.report.evaluation = [
         {"metric": "perplexity", "before": figures["dense"], "after": list(figures.values())[-1], "dataset": source}
     ]

@@ -19,6 +19,7 @@ from .costs import model_costs
 from .errors import ConfigError, PruningError, check_whole
 from .export import measure_onnx_latency
 from .offload import default_device
+from .tables import markdown_table, quantities
 from .timing import DEFAULT_LENGTH, Latency, example_inputs, measure_latency
 
 
@@ -217,32 +218,25 @@ def comparison_table(rows: Sequence[Measurement]) -> str:
     """
     check_whole(1, rows=len(rows))
     first, *others = rows
-    lines = [
-        ["", *(row.name for row in rows), *(f"{row.name} vs {first.name}" for row in others)],
-        ["---", *("--:" for _ in range(len(rows) + len(others)))],
-    ]
+    head = ["", *(row.name for row in rows), *(f"{row.name} vs {first.name}" for row in others)]
+    lines = []
     for metric in first.scores:
         values = [row.scores.get(metric, float("nan")) for row in rows]
         lines.append([metric, *(f"{v:.4f}" for v in values), *(f"{v - values[0]:+.4f}" for v in values[1:])])
 
-    def add(what: str, values: Sequence[float], unit: str, prefix: str, scale: float) -> None:
-        cells = [f"{value / scale:.2f} {prefix}{unit}" for value in values]
-        lines.append([what, *cells, *(f"{value / values[0]:.2f}×" for value in values[1:])])
+    def add(what: str, values: Sequence[float], unit: str = "") -> None:
+        lines.append([what, *quantities(values, unit), *(f"{value / values[0]:.2f}×" for value in values[1:])])
 
-    for what, unit, counts in (
-        ("parameters", "", [row.parameters for row in rows]),
-        ("MACs per example", "", [row.macs for row in rows]),
-        ("weights on disk", "B", [row.disk_bytes for row in rows]),
-        ("peak memory", "B", [row.peak_memory_bytes for row in rows]),
-    ):
-        add(what, counts, unit, *si_scale(max(counts)))
+    add("parameters", [row.parameters for row in rows])
+    add("MACs per example", [row.macs for row in rows])
+    add("weights on disk", [row.disk_bytes for row in rows], "B")
+    add("peak memory", [row.peak_memory_bytes for row in rows], "B")
     for where, field_name in (("latency", "latency"), ("ONNX Runtime", "onnx_latency")):
         for runs in zip(*(getattr(row, field_name) for row in rows), strict=True):
             for percentile in ("p50", "p95"):
                 values = [getattr(run, f"{percentile}_ms") for run in runs]
-                add(f"{where} {percentile}, batch {runs[0].batch_size}", values, "s", "m", 1)
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return f"{table}\n\n{setting(first)}."
+                add(f"{where} {percentile}, batch {runs[0].batch_size}", values, "ms")
+    return f"{markdown_table(head, lines)}\n\n{setting(first)}."
 
 
 def setting(row: Measurement) -> str:
@@ -252,13 +246,6 @@ def setting(row: Measurement) -> str:
     device = where if run.device == "cpu" else run.device
     batch = max(latency.batch_size for latency in row.latency)
     return f"{run.sequence_length} tokens, {run.dtype}, {device}; peak memory at batch {batch}, libraries excluded"
-
-
-def si_scale(largest: float) -> tuple[str, float]:
-    """SI prefix and its factor for a number: `("M", 1e6)` for 22.7 million."""
-    return next(
-        ((prefix, scale) for prefix, scale in (("G", 1e9), ("M", 1e6), ("k", 1e3)) if largest >= scale), ("", 1.0)
-    )
 
 
 def _checkpoint(directory: str | os.PathLike[str]) -> Path:

@@ -11,7 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from .errors import ConfigError
 from .plots import plot_tradeoff, plot_units
-from .report import PruningReport, markdown_table
+from .report import PruningReport, comparable
+from .tables import markdown_table
 
 
 def comparison_rows(reports: Mapping[str, PruningReport]) -> list[dict[str, Any]]:
@@ -22,9 +23,11 @@ def comparison_rows(reports: Mapping[str, PruningReport]) -> list[dict[str, Any]
 
     Returns:
         `list[dict]`: `name`, `method`, `model`, the kept ratios `macs`, `params`, `memory` and `latency` (`None` where
-        it was not measured), the share of `zeros` (`None` unless single weights were pruned), and `quality`: for each
-        metric of the evaluation its value `before` and `after`.
+        it was not measured), the share of `zeros` (`None` unless single weights were pruned), whether it was saved
+        `masked`, with all its parameters, and `quality`: for each metric and data of the evaluation its `metric` and
+        `dataset` (`None` where that has no name), and its value `before` and `after`.
     """
+    quality = comparable(reports)
     return [
         {
             "name": name,
@@ -33,7 +36,12 @@ def comparison_rows(reports: Mapping[str, PruningReport]) -> list[dict[str, Any]
             **{metric: report.ratio(metric) for metric in ("macs", "params", "memory")},
             "latency": report.latency_ratio(),
             "zeros": report.sparsity() if report.weights else None,
-            "quality": {row["metric"]: {"before": row["before"], "after": row["after"]} for row in report.evaluation},
+            "masked": report.masked,
+            "quality": {
+                what: {key: rows[name].get(key) for key in ("metric", "dataset", "before", "after")}
+                for what, rows in quality.items()
+                if name in rows
+            },
         }
         for name, report in reports.items()
     ]
@@ -58,7 +66,14 @@ def comparison_cells(reports: Mapping[str, PruningReport]) -> tuple[list[str], l
 def comparison_markdown(reports: Mapping[str, PruningReport]) -> str:
     """Several reports as a Markdown table, see [`comparison_rows`]."""
     models = dict.fromkeys(f"{report.model_class} ({report.model_type})" for report in reports.values())
-    return f"{markdown_table(*comparison_cells(reports))}\n\nShares of the dense model's, {', '.join(models)}."
+    foot = f"Shares of the dense model's, {', '.join(models)}. {masked_note(reports)}".rstrip()
+    return f"{markdown_table(*comparison_cells(reports))}\n\n{foot}"
+
+
+def masked_note(reports: Mapping[str, PruningReport]) -> str:
+    """Which checkpoints are larger than the table says; empty if none is."""
+    names = [name for name, report in reports.items() if report.masked]
+    return f"Saved masked, as large as the dense model until it is shrunk: {', '.join(names)}." if names else ""
 
 
 def write_page(reports: Mapping[str, PruningReport], path: str | Path) -> None:
@@ -89,7 +104,7 @@ def write_page(reports: Mapping[str, PruningReport], path: str | Path) -> None:
                 plot_units(report.units, picture)
                 plans[name] = _inline(picture)
     html = page.get_template("page.html").render(
-        reports=reports, head=head, lines=lines, tradeoff=tradeoff, plans=plans, dump=_dump
+        reports=reports, head=head, lines=lines, tradeoff=tradeoff, plans=plans, dump=_dump, note=masked_note(reports)
     )
     Path(path).write_text(html, encoding="utf-8")
 

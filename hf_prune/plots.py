@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .benchmark import Measurement, setting, si_scale
+from .benchmark import Measurement, setting
 from .errors import ConfigError
+from .report import PruningReport, comparable
+from .tables import si_scale
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from .report import PruningReport
 
 # Okabe and Ito's palette, which readers with any colour vision can tell apart.
 _PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
@@ -178,8 +178,8 @@ def plot_comparison(rows: Sequence[Measurement], path: str | os.PathLike[str]) -
     return figure
 
 
-def plot_tradeoff(reports: Mapping[str, "PruningReport"], path: str | os.PathLike[str]) -> "Figure":
-    """Draw quality against cost: a row of panels for each metric of the evaluations, a column for each cost.
+def plot_tradeoff(reports: Mapping[str, PruningReport], path: str | os.PathLike[str]) -> "Figure":
+    """Draw quality against cost: a row of panels for each metric and data of the evaluations, a column for each cost.
 
     Args:
         reports (`dict[str, PruningReport]`): The reports by name. Costs are shares of the dense model's, which stands
@@ -192,8 +192,8 @@ def plot_tradeoff(reports: Mapping[str, "PruningReport"], path: str | os.PathLik
     Raises:
         ConfigError: No report has an evaluation.
     """
-    metrics = list(dict.fromkeys(row["metric"] for report in reports.values() for row in report.evaluation))
-    if not metrics:
+    qualities = comparable(reports)
+    if not qualities:
         raise ConfigError(
             "No report holds an evaluation, so there is no quality to draw. Add it before you save: report.evaluation "
             '= [{"metric": "accuracy", "before": 0.86, "after": 0.85, "n": 1000}].'
@@ -204,23 +204,22 @@ def plot_tradeoff(reports: Mapping[str, "PruningReport"], path: str | os.PathLik
     }
     if any(report.latency_ratio() is not None for report in reports.values()):
         costs = {"latency": lambda report: report.latency_ratio(), **costs}
-    figure = _figure(3.7 * len(costs), 0.6 + 3.2 * len(metrics))
+    figure = _figure(3.7 * len(costs), 0.6 + 3.2 * len(qualities))
     marks: dict[str, Any] = {}
-    for row, metric in enumerate(metrics):
+    for row, (metric, values) in enumerate(qualities.items()):
         for column, (cost, kept) in enumerate(costs.items()):
             first = figure.axes[row * len(costs)] if column else None
-            axes = figure.add_subplot(len(metrics), len(costs), row * len(costs) + column + 1, sharey=first)
+            axes = figure.add_subplot(len(qualities), len(costs), row * len(costs) + column + 1, sharey=first)
             _style(axes, f"{metric} against {cost}")
             for index, (name, report) in enumerate(reports.items()):
-                share = kept(report)
-                for quality in (found for found in report.evaluation if found["metric"] == metric):
-                    if share is None:
-                        continue
-                    color, marker = _PALETTE[index % len(_PALETTE)], "sD^vPX"[index % 6]
-                    marks["dense"] = axes.plot(1.0, quality["before"], "o", ms=7, color=_GREY, zorder=2)[0]
-                    [marks[name]] = axes.plot(
-                        share, quality["after"], marker, ms=8, color=color, markeredgecolor="white", zorder=3
-                    )
+                share, quality = kept(report), values.get(name)
+                if share is None or quality is None:
+                    continue
+                color, marker = _PALETTE[index % len(_PALETTE)], "sD^vPX"[index % 6]
+                marks["dense"] = axes.plot(1.0, quality["before"], "o", ms=7, color=_GREY, zorder=2)[0]
+                [marks[name]] = axes.plot(
+                    share, quality["after"], marker, ms=8, color=color, markeredgecolor="white", zorder=3
+                )
             axes.set_xlim(0, 1.08)
             axes.margins(y=0.15)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

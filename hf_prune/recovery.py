@@ -20,6 +20,7 @@ from .gates import current_mask
 from .masks import PruningMask
 from .matrices import weight_matrices
 from .offload import refuse_offloaded
+from .report import PruningReport, package_versions
 from .surgery import shrink
 from .trainers import PruningTrainingArguments
 from .trainers.arguments import check_whole_model
@@ -72,6 +73,7 @@ def recover_with_lora(
     *,
     teacher_model: PreTrainedModel | None = None,
     resume_from_checkpoint: str | bool | None = None,
+    report: PruningReport | None = None,
     **trainer_options: Any,
 ) -> PreTrainedModel:
     """Fine-tune a pruned model with LoRA in a `Trainer`, and merge. What is pruned stays pruned.
@@ -94,6 +96,7 @@ def recover_with_lora(
             `args` are [`PruningTrainingArguments`] with a `distillation_weight`.
         resume_from_checkpoint (`str` or `bool`, *optional*): See `Trainer.train`. Checkpoints hold the adapters; only
             this function applies them with the mask.
+        report ([`PruningReport`], *optional*): Where to note the recovery and the version of PEFT.
         trainer_options: Whatever else `Trainer` takes: `processing_class`, `data_collator`, `eval_dataset`,
             `callbacks`.
 
@@ -158,6 +161,9 @@ def recover_with_lora(
         adapted.merge_and_unload()
     if isinstance(mask, WeightMask):
         mask.check(model)
+    if report is not None:
+        report.recovery = {"method": "LoRA", "rank": config.r, "steps": trainer.state.global_step}
+        report.packages |= package_versions("peft")
     return model
 
 

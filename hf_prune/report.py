@@ -1,19 +1,23 @@
 """[`PruningReport`]: what was done to a model, with provenance."""
 
 import json
+import math
 import os
+import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from .benchmark import si_scale
-from .errors import PruningError
+from . import __version__
+from .errors import PruningError, unknown
 from .masks import PruningMask
 from .redaction import redact
+from .tables import markdown_table, quantities
 from .units import KINDS, PrunableUnits
 
 if TYPE_CHECKING:
@@ -27,12 +31,13 @@ _WORDS = {
     "nonzero": "parameters that are not zero",
 }
 REPORT_FILE = "pruning_report.json"
-_PACKAGES = ("hf_prune", "transformers", "torch", "accelerate", "datasets")
+SCHEMA_VERSION = 1
+_PACKAGES = ("transformers", "torch", "accelerate", "datasets")
 
 
 @dataclass
 class PruningReport:
-    """What a pruning run did. JSON in and out; fields from newer versions are skipped when reading.
+    """What a pruning run did. JSON in and out; fields of other versions are kept as they are.
 
     Args:
         method (`str`): Name of the method.
@@ -50,8 +55,7 @@ class PruningReport:
         seconds (`float`): Wall-clock time of the run.
         processes (`int`): Number of processes.
         facts (`dict`): What the method has to say beyond that.
-        packages (`dict[str, str]`): Versions.
-        schema_version (`int`): Of this format.
+        packages (`dict[str, str]`): Versions of hf_prune and of the packages that were used.
         latency (`dict`, *optional*): Under a budget of latency: measured milliseconds `before` and `after` (medians,
             in turns; `None` if memory did not suffice), `where` they were measured, the `multiple_of` that widths were
             rounded to, and the `table` of the predictions. After [`accelerate_sparse`]: `before`, `after`, `where`.
@@ -66,7 +70,10 @@ class PruningReport:
             `[asdict(row) for row in rows]`.
         metadata (`dict`): Of the model card: `base_model`, `license`, `language`, `datasets`, `tags`, ... Saving adds
             what the model's source says, if it is at hand.
-        verified (`dict`, *optional*): How the saved checkpoint was reloaded and compared, as the save found it.
+        verified (`dict`, *optional*): How the saved checkpoint was reloaded and compared, as the save found it:
+            `masked` where its units are zero, not cut; `usage` where the lines of the model card were run.
+        schema_version (`int`): Of this format.
+        others (`dict`): Fields of a file that this version does not know.
     """
 
     method: str
@@ -82,7 +89,7 @@ class PruningReport:
     seconds: float = 0.0
     processes: int = 1
     facts: dict[str, Any] = field(default_factory=dict)
-    packages: dict[str, str] = field(default_factory=lambda: _versions())
+    packages: dict[str, str] = field(default_factory=lambda: package_versions())
     latency: dict[str, Any] | None = None
     papers: list[dict[str, Any]] = field(default_factory=list)
     command: str | None = field(default_factory=lambda: _command())
@@ -91,7 +98,13 @@ class PruningReport:
     benchmark: list[dict[str, Any]] = field(default_factory=list)
     metadata: dict[str, Any] = field(default_factory=dict)
     verified: dict[str, Any] | None = None
-    schema_version: int = 1
+    schema_version: int = SCHEMA_VERSION
+    others: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def masked(self) -> bool:
+        """Whether the model was saved with its pruned units as zeros: it is as large as the dense one."""
+        return bool((self.verified or {}).get("masked"))
 
     def ratio(self, metric: str) -> float:
         """Kept share of a metric."""
@@ -118,9 +131,7 @@ class PruningReport:
         found = []
         for metric, after in self.after.items():
             before, words = self.before[metric], _WORDS.get(metric, metric)
-            prefix, scale = ("m", 1.0) if metric == "latency" else si_scale(max(before, after))
-            unit = {"latency": "s", "memory": "B"}.get(metric, "")
-            cells = [f"{value / scale:.2f} {prefix}{unit}".rstrip() for value in (before, after)]
+            cells = quantities([before, after], {"latency": "ms", "memory": "B"}.get(metric, ""))
             found.append([words, *cells, f"{self.ratio(metric):.1%}"])
         for row in self.evaluation:
             change = f"{row['after'] - row['before']:+.4f}"
@@ -181,20 +192,27 @@ class PruningReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable form."""
-        return asdict(self)
+        data = asdict(self)
+        others = data.pop("others")
+        return {**data, **others}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":
         """Inverse of [`~PruningReport.to_dict`].
 
         Raises:
-            PruningError: A field is missing.
+            PruningError: A field is missing, or holds what no report does; the message names it.
         """
-        known = {f.name for f in fields(cls)}
+        if not isinstance(data, Mapping):
+            raise PruningError(f"Not a pruning report: it must be an object with named fields, got {data!r:.80}.")
+        known = {f.name for f in fields(cls)} - {"others"}
+        others = {key: value for key, value in data.items() if key not in known}
         try:
-            return cls(**{"command": None, **{key: value for key, value in data.items() if key in known}})
+            report = cls(**{"command": None, **{key: data[key] for key in data.keys() & known}, "others": others})
         except TypeError as error:
             raise PruningError(f"Not a pruning report: {error}.") from error
+        _check_report(report)
+        return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write as JSON, without tokens and home folders. A folder gets `pruning_report.json`."""
@@ -217,8 +235,10 @@ class PruningReport:
         path = path / REPORT_FILE if path.is_dir() else path
         try:
             return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise PruningError(f"{path} holds no pruning report: {error}.") from error
+        except PruningError as error:
+            raise PruningError(f"{path}: {error}") from error
 
 
 def unit_rows(units: PrunableUnits, mask: PruningMask) -> list[dict[str, Any]]:
@@ -236,19 +256,94 @@ def unit_rows(units: PrunableUnits, mask: PruningMask) -> list[dict[str, Any]]:
     ]
 
 
-def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with the first column to the left and the others to the right."""
-    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+def comparable(reports: Mapping[str, PruningReport]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The rows of the evaluations that may stand on one axis: by what was measured on which data, then by report.
+
+    Where the data have no name, the same value of the dense model stands for the same data.
+    """
+    groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for name, report in reports.items():
+        for row in report.evaluation:
+            data = " ".join(str(row[key]) for key in ("dataset", "config", "split") if row.get(key))
+            key = row["metric"], f" on {data}" if data else f" (dense {row['before']:.4f})"
+            groups.setdefault(key, {})[name] = row
+    metrics = [metric for metric, _ in groups]
+    alone = {key for key in groups if metrics.count(key[0]) == 1 and not key[1].startswith(" on ")}
+    return {metric if (metric, of) in alone else metric + of: rows for (metric, of), rows in groups.items()}
+
+
+# What is read of the rows of a report. `n` may be missing.
+_ROWS: dict[str, dict[str, Any]] = {
+    "units": {"name": str, "kind": str, "stack": str, "layer": int, "size": int, "kept": int},
+    "weights": {"name": str, "stack": str, "layer": int, "size": int, "zeros": int},
+    "papers": {"title": str, "venue": str},
+    "evaluation": {"metric": str, "before": float, "after": float, "n": int | None},
+    "benchmark": {"latency": list[dict[str, Any]]},
+}
+
+
+def _check_report(report: PruningReport) -> None:
+    """Raise unless all figures are there, and all that others are divided by are positive."""
+    for f in fields(report):
+        _check(f.name, getattr(report, f.name), f.type)
+    for name, keys in _ROWS.items():
+        for index, row in enumerate(getattr(report, name)):
+            for key, kind in keys.items():
+                _check(f"{name}[{index}].{key}", row.get(key), kind)
+    for row in report.units:
+        if row["kind"] not in KINDS:
+            raise PruningError(f"Not a pruning report: {unknown('kind of units', row['kind'], KINDS)}")
+    costs = ["macs", "params", "memory", *report.after]
+    if report.weights:
+        costs.append("nonzero")
+    if report.latency is not None:
+        _check("latency.where", report.latency.get("where"), str)
+        if report.latency.get("before") is not None:
+            for when in ("before", "after"):
+                _check(f"latency.{when}", report.latency.get(when), "positive")
+        if not report.weights:
+            costs.append("latency")
+    for metric in costs:
+        _check(f"before.{metric}", report.before.get(metric), "positive")
+        _check(f"after.{metric}", report.after.get(metric), float)
+    for index, measured in enumerate(report.benchmark):
+        if len(measured["latency"]) != len(report.benchmark[0]["latency"]):
+            raise PruningError("Not a pruning report: the rows of benchmark have latencies at other batch sizes.")
+        for run in measured["latency"]:
+            _check(f"benchmark[{index}].latency.p50_ms", run.get("p50_ms"), "positive")
+
+
+def _check(name: str, value: Any, kind: Any) -> None:
+    kinds = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if not any(_is(value, each) for each in kinds):
+        words = "a positive number" if kind == "positive" else re.sub(r"<class '|'>|typing\.", "", str(kind))
+        given = "nothing" if value is None else repr(value)[:80]
+        raise PruningError(f"Not a pruning report: {name} must be {words}, got {given}.")
+
+
+def _is(value: Any, kind: Any) -> bool:
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    if kind is Any:
+        return True
+    if kind == "positive":
+        return _is(value, float) and 0 < value < math.inf
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if outer is dict:
+        return isinstance(value, Mapping) and all(isinstance(k, str) and _is(v, inner[1]) for k, v in value.items())
+    if outer is list:
+        return isinstance(value, list) and all(_is(item, inner[0]) for item in value)
+    return isinstance(value, outer) and not (outer is int and isinstance(value, bool))
 
 
 def _counts(row: Mapping[str, Any], key: str) -> list[str]:
     return [row["name"], f"{row[key]:,}", f"{row['size']:,}"]
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
+def package_versions(*more: str) -> dict[str, str]:
+    """The versions of hf_prune, of what it builds on, and of `more` packages, as far as they are installed."""
+    found = {"hf_prune": __version__}
+    for name in (*_PACKAGES, *more):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

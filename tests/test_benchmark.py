@@ -16,9 +16,9 @@ from hf_prune.benchmark import (
     load_checkpoint,
     measure_latency,
     peak_memory,
-    si_scale,
 )
 from hf_prune.errors import ConfigError, PruningError
+from hf_prune.tables import markdown_table, si_scale
 
 
 def bert(layers: int = 2, neurons: int = 64) -> BertForSequenceClassification:
@@ -228,3 +228,7 @@ def test_comparison_table():
 )
 def test_si_scale(number, scale):
     assert si_scale(number) == scale
+
+
+def test_bars_in_a_cell_are_escaped_once():
+    assert markdown_table(["", "n"], [["a|b", r"c\|d"]]) == "|  | n |\n| --- | --: |\n| a\\|b | c\\|d |"

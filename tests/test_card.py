@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
+import transformers as T
 import yaml
 from huggingface_hub import ModelCard
 from test_saving import tokenizer
@@ -24,6 +26,7 @@ from hf_prune.redaction import redact
 from hf_prune.timing import Latency
 
 CARDS = Path(__file__).parents[1] / "model_cards"
+NAMES = ["minilm-kcm", "minilm-kprune", "minilm-nas", "minilm-pass", "smollm-wanda-lora"]
 TEXTS = ["good film", "very bad film", "good", "very very bad"] * 8
 
 
@@ -100,6 +103,7 @@ class TestWhatAReaderSees:
         found = {}
         (lines,) = [source for source in fenced(card, "python") if "from_pretrained" in source]
         exec(lines.replace('"bert-small"', repr(str(saved))), found)
+        assert PruningReport.load(saved).verified["usage"]
         assert type(found["model"]).__name__ == "BertForSequenceClassification" and len(found["tokenizer"]) == 8
 
     def test_nothing_is_claimed_that_was_not_run(self, report, config):
@@ -107,9 +111,83 @@ class TestWhatAReaderSees:
         assert "the outputs were not compared" in render_card(report, config, "x")
         report.verified["processor"] = None
         assert "tokenizer =" not in render_card(report, config, "x")
+        report.verified["usage"] = False
+        card = render_card(report, config, "x")
+        assert "lines were run" not in card and "the class behind these lines loaded the saved files" in card
         report.verified = None
         card = render_card(report, config, "x")
         assert "were not run" in card and "were run" not in card and "when it was saved" not in card
+
+    def test_a_class_of_the_user_is_not_imported_from_transformers(self, tmp_path):
+        class Mine(T.BertForSequenceClassification):
+            pass
+
+        model = hf_prune.prunable(Mine(tiny_model("bert").config))
+        model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+        model.shrink().save_pretrained(tmp_path / "m", processing_class=tokenizer())
+        card = (tmp_path / "m" / "README.md").read_text()
+        (lines,) = [source for source in fenced(card, "python") if "from_pretrained" in source]
+        exec(lines.replace('"m"', repr(str(tmp_path / "m"))), {"Mine": Mine})
+        assert "# transformers has no Mine: import it from the code that defines it." in lines
+        assert "lines were run" not in card and "the class behind these lines loaded the saved files" in card
+        assert "| transformers after `import hf_prune` | with the code of `Mine` | when it was saved |" in card
+
+    def test_a_class_of_the_user_with_a_name_of_transformers(self, tmp_path):
+        class BertForSequenceClassification(T.BertForSequenceClassification):
+            def forward(self, *args, **kwargs):
+                output = super().forward(*args, **kwargs)
+                output.logits = output.logits + 1
+                return output
+
+        model = hf_prune.prunable(BertForSequenceClassification(tiny_model("bert").config))
+        model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+        model.shrink().save_pretrained(tmp_path / "m")
+        assert "lines were run" not in (tmp_path / "m" / "README.md").read_text()
+
+    @pytest.mark.parametrize("name", ["m 'x' \"y\"", "ünï", "\N{SNOWMAN}\N{GRINNING FACE}"])
+    def test_the_lines_run_in_any_folder(self, tmp_path, name, monkeypatch):
+        model = hf_prune.prunable(tiny_model("bert").half())
+        model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+        model.set_attn_implementation("eager")
+        model.shrink().save_pretrained(tmp_path / name, variant="fp16")
+        card, found = (tmp_path / name / "README.md").read_text(), {}
+        (lines,) = [source for source in fenced(card, "python") if "from_pretrained" in source]
+        assert 'variant="fp16"' in lines and "these lines were run" in card
+        monkeypatch.chdir(tmp_path)
+        exec(lines, found)
+        assert found["model"].dtype == torch.float16 and found["model"].num_parameters() == model.num_parameters()
+
+    def test_a_masked_model_is_as_large_as_ever(self, tmp_path):
+        model = hf_prune.prunable(tiny_model("bert"))
+        report = model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.5})).report
+        model.save_pretrained(tmp_path / "m")
+        card = (tmp_path / "m" / "README.md").read_text()
+        gone = sum(unit["size"] - unit["kept"] for unit in report.units if unit["kind"] == "heads")
+        assert f"{gone} of 12 heads" in card and "are zero, not cut" in card and "fewer parameters" not in card
+        cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in card.splitlines() if line.startswith("| ")}
+        for what, key in (("| parameters", "params"), ("| MACs per example", "macs")):
+            dense, saved, ratio = cells[what]
+            assert dense == saved and ratio == "1.00× |" and report.ratio(key) < 1
+        left = f"{report.ratio('params'):.2f}× the parameters and {report.ratio('macs'):.2f}× the MACs"
+        assert f"`hf_prune.shrink` would leave {left}." in card
+        assert "memory and latency gain nothing before `hf_prune.shrink`" in card
+        model.shrink().save_pretrained(tmp_path / "m")
+        assert "fewer parameters" in (tmp_path / "m" / "README.md").read_text()
+
+    def test_onnx_is_tested_where_it_was_timed(self, report, config):
+        assert "| ONNX |  | not tested |" in render_card(report, config, "x")
+        assert "| ONNX | yes | when its latency was measured |" in render_card(measured(report), config, "x")
+
+    def test_what_is_known_of_the_data(self, report, config):
+        report.calibration, report.facts = None, {"steps": 5}
+        assert "Calibration data: the training data.\n" in render_card(report, config, "x")
+        report.calibration = {"dataset": "a/b", "split": "train", "samples": 1234, "fingerprint": "c0ffee"}
+        words = "the training data, 1,234 examples of a/b train. Fingerprint of the `datasets.Dataset`: `c0ffee`.\n"
+        assert f"Calibration data: {words}" in render_card(report, config, "x")
+        report.calibration, report.facts = None, {}
+        report.config["data"] = {"samples": 200, "tokens": 2786, "mean_length": 13.93, "sha256": "abc"}
+        words = "200 examples, 2,786 tokens, 13.93 in the mean. SHA-256 of what the model saw: `abc`.\n"
+        assert f"Calibration data: {words}" in render_card(report, config, "x")
 
     def test_remote_code(self, tmp_path):
         model = hf_prune.prunable(tiny_model("bert"))
@@ -360,10 +438,10 @@ class TestWriting:
         data = {**json.loads((folder / "pruning_report.json").read_text()), **broken}
         (folder / "pruning_report.json").write_text(json.dumps(data))
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(PruningError, match="malformed|card"):
+        with pytest.raises(PruningError, match="malformed|card|[Nn]ot a pruning report"):
             write_card(folder)
         data["calibration"] = {}
-        with pytest.raises(PruningError, match="malformed|card"):
+        with pytest.raises(PruningError, match="malformed|card|[Nn]ot a pruning report"):
             write_card(folder, PruningReport.from_dict(data))
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
@@ -371,6 +449,20 @@ class TestWriting:
         report.evaluation = [{"metric": "x"}]
         hf_prune.save_pretrained(tiny_model("bert"), tmp_path / "m", report=report)
         assert not (tmp_path / "m" / "README.md").exists() and (tmp_path / "m" / "model.safetensors").exists()
+
+    def test_a_report_of_a_newer_schema_is_left_alone(self, folder):
+        data = json.loads((folder / "pruning_report.json").read_text())
+        (folder / "pruning_report.json").write_text(json.dumps({**data, "schema_version": 2}))
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(PruningError, match="of schema 2, written by a newer hf_prune"):
+            write_card(folder, PruningReport.load(folder))
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def test_fields_of_others_stay(self, folder):
+        data = json.loads((folder / "pruning_report.json").read_text())
+        (folder / "pruning_report.json").write_text(json.dumps({**data, "carbon": 3.0}))
+        write_card(folder, PruningReport.load(folder))
+        assert json.loads((folder / "pruning_report.json").read_text())["carbon"] == 3.0
 
     def test_older_reports(self, folder, report):
         new = ("papers", "command", "recovery", "evaluation", "benchmark", "metadata", "verified")
@@ -387,6 +479,12 @@ class TestWriting:
         assert cli.main(["card", str(folder), *options]) == 0
         assert json.loads(capsys.readouterr().out) == {"card": str(folder / "README.md")}
         assert "0.8773" in (folder / "README.md").read_text() and "peak memory" in (folder / "README.md").read_text()
+        report.benchmark[1]["scores"] = {"accuracy": 0.5}
+        (tmp_path / "bench.json").write_text(json.dumps(report.benchmark))
+        assert cli.main(["card", str(folder), *options]) == 1
+        assert (
+            "both rows must have the same scores, they are of 'a' [] and 'b' ['accuracy']" in capsys.readouterr().err
+        )
         (tmp_path / "bench.json").write_text("{}")
         assert cli.main(["card", str(folder), *options]) == 1
         assert "must hold a list of rows" in capsys.readouterr().err
@@ -399,8 +497,15 @@ def test_intervals():
     assert wilson_interval(1.0, 10)[1] == pytest.approx(1.0) and wilson_interval(1.0, 10)[0] < 0.75
 
 
-@pytest.mark.parametrize("folder", sorted(CARDS.glob("*/")), ids=lambda folder: folder.name)
-def test_the_cards_in_the_repository_are_those_of_their_reports(folder, tmp_path):
+def test_the_page_of_the_cards_has_the_commands_that_made_them():
+    page = (CARDS / "README.md").read_text()
+    listed = dict(re.findall(r"^\| \[[^]]+\]\(([^/]+)/README.md\) \| `(.+)` \|$", page, re.MULTILINE))
+    assert listed == {name: PruningReport.load(CARDS / name).command for name in NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cards_in_the_repository_are_those_of_their_reports(name):
+    folder = CARDS / name
     report = PruningReport.load(folder)
     config = json.loads((folder / "config.json").read_text())
     rendered = render_card(report, config, folder.name, picture=(folder / "pruning_layers.png").exists())

@@ -53,7 +53,8 @@ class TestTable:
             None,
         )
         assert first["macs"] == reports["bert-80"].ratio("macs") and first["zeros"] is None
-        assert second["quality"] == {"accuracy": {"before": 0.86, "after": 0.801}}
+        figures = {"metric": "accuracy", "dataset": None, "before": 0.86, "after": 0.801}
+        assert second["quality"] == {"accuracy": figures}
         json.dumps([first, second])
 
     def test_markdown(self, reports):
@@ -62,6 +63,29 @@ class TestTable:
         assert first.startswith("| bert-80 | magnitude |") and first.endswith("| 75.0% | 0.8550 (-0.0050) |")
         assert second.endswith("| - | 0.8010 (-0.0590) |")
         assert foot == "Shares of the dense model's, BertForSequenceClassification (bert)."
+
+    def test_what_does_not_compare_has_columns_of_its_own(self):
+        rows = [{"metric": "accuracy", "before": 0.9, "after": 0.85}, {"metric": "f1", "before": 0.8, "after": 0.7}]
+        named = {"metric": "accuracy", "before": 0.5, "after": 0.4, "dataset": "glue", "config": "sst2"}
+        reports = {
+            "a": pruned(0.7, None, evaluation=rows),
+            "b": pruned(0.7, None, evaluation=[{**rows[0], "before": 0.6}]),
+            "c": pruned(0.7, None, evaluation=[named]),
+            "d": pruned(0.7, None, evaluation=[{**named, "before": 0.55}]),
+        }
+        header, _, *lines = comparison_markdown(reports).splitlines()[:6]
+        columns = ["accuracy (dense 0.9000)", "f1", "accuracy (dense 0.6000)", "accuracy on glue sst2"]
+        assert header.endswith(f"| {' | '.join(columns)} |")
+        filled = [[not cell.strip(" |").startswith("-") for cell in line.split(" | ")[-4:]] for line in lines]
+        assert [row.index(True) for row in filled] == [0, 2, 3, 3] and sum(map(sum, filled)) == 5
+
+    def test_masked_models_are_named(self):
+        masked = {
+            "m": pruned(0.7, None, verified={"masked": True}),
+            "s": pruned(0.7, None, verified={"masked": False}),
+        }
+        assert comparison_markdown(masked).endswith("as large as the dense model until it is shrunk: m.")
+        assert [row["masked"] for row in comparison_rows(masked)] == [True, False]
 
     def test_columns_without_figures_are_left_out(self):
         header = comparison_markdown({"a": pruned(0.7, None)}).splitlines()[0]
@@ -91,6 +115,19 @@ class TestPlot:
         }
         assert len(latency.lines) == 2 and len(params.lines) == 4  # one report has no latency
         assert [text.get_text() for text in figure.legends[0].get_texts()] == ["dense", "bert-80", "bert-50"]
+
+    def test_other_data_have_axes_of_their_own(self, tmp_path):
+        row = {"metric": "accuracy", "before": 0.9, "after": 0.85, "dataset": "sst2"}
+        both = {
+            "a": pruned(0.7, None, evaluation=[row]),
+            "b": pruned(0.7, None, evaluation=[{**row, "before": 0.5, "dataset": "cola"}]),
+        }
+        figure = plot_tradeoff(both, tmp_path / "plot.png")
+        assert [axes.get_title("left") for axes in figure.axes[::2]] == [
+            "accuracy on sst2 against MACs",
+            "accuracy on cola against MACs",
+        ]
+        assert [len(axes.lines) for axes in figure.axes] == [2] * 4
 
     def test_without_quality(self, tmp_path):
         with pytest.raises(ConfigError, match="No report holds an evaluation"):
@@ -144,6 +181,12 @@ class TestCommand:
 
     def test_json(self, run, folders, reports):
         assert json.loads(run("compare", *folders, "--json")[1]) == comparison_rows(reports)
+
+    def test_json_has_no_nan(self, run, tmp_path):
+        pruned(0.7, float("nan")).save(tmp_path / "report.json")
+        code, out, _ = run("compare", tmp_path / "report.json", "--json")
+        [row] = json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+        assert code == 0 and row["quality"]["accuracy"]["after"] is None
 
     def test_files(self, run, folders, reports, tmp_path):
         code, out, err = run("compare", *folders, "--html", tmp_path / "page.html", "--plot", tmp_path / "plot.svg")

@@ -3,6 +3,7 @@
 import copy
 import json
 
+import optuna
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -221,6 +222,7 @@ class TestModels:
             with torch.no_grad():
                 assert torch.equal(loaded(**batch).logits, front.extract(index, model)(**batch).logits)
             report = hf_prune.PruningReport.load(folder)
+            assert report.packages["optuna"] == optuna.__version__
             assert report.method == "nas" and report.config["metric"] == "accuracy"
             assert report.after == front[index].costs and report.facts["error"] == front[index].error
             assert hf_prune.PruningMask.load(folder) == front[index].mask

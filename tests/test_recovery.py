@@ -1,5 +1,6 @@
 """Recovery keeps what was pruned at zero: LoRA with its merge, and a full fine-tuning under a mask."""
 
+import peft
 import pytest
 import torch
 import transformers as T
@@ -85,6 +86,15 @@ def test_bfloat16_weights_and_float32_adapters(name, tmp_path):
     assert torch.equal(logits(model, name), last.logits) and model.dtype == torch.bfloat16
     assert set(last.trained.values()) == {torch.float32}
     mask.check(model)
+
+
+def test_the_report_learns_of_it(tmp_path):
+    model = tiny_model("llama")
+    result = hf_prune.prune(model, WeightMagnitudeConfig(sparsity=0.5))
+    assert result.report.recovery is None and "peft" not in result.report.packages
+    recover_with_lora(model, result.mask, dataset("llama"), args=arguments(tmp_path), report=result.report)
+    assert result.report.recovery == {"method": "LoRA", "rank": 8, "steps": 3}
+    assert result.report.packages["peft"] == peft.__version__
 
 
 def test_autocast_rounds_no_adapter(tmp_path):

@@ -37,9 +37,46 @@ class TestFile:
         report.save(tmp_path)
         assert PruningReport.load(tmp_path) == report == PruningReport.load(tmp_path / "pruning_report.json")
 
-    def test_fields_of_newer_versions_are_skipped(self, report):
+    def test_fields_of_other_versions_are_kept(self, report):
         data = {**report.to_dict(), "schema_version": 2, "carbon": 3.0}
-        assert PruningReport.from_dict(data).to_dict() == {**report.to_dict(), "schema_version": 2}
+        assert PruningReport.from_dict(data).to_dict() == data
+
+    @pytest.mark.parametrize(
+        ("path", "value", "message"),
+        [
+            ("before.macs", 0, "before.macs must be a positive number, got 0"),
+            ("after", {}, "after.macs must be float, got nothing"),
+            ("before.memory", None, "before must be dict[str, float], got {"),
+            ("evaluation", None, "evaluation must be list[dict[str, Any]], got nothing"),
+            ("evaluation", [{"metric": "accuracy"}], "evaluation[0].before must be float, got nothing"),
+            ("evaluation.0.after", "0.9", "evaluation[0].after must be float, got '0.9'"),
+            ("evaluation.0.n", "872", "evaluation[0].n must be int | None, got '872'"),
+            ("benchmark", [{"name": "x"}], "benchmark[0].latency must be list"),
+            ("benchmark", [{"latency": [{"p50_ms": 0.0}]}], "benchmark[0].latency.p50_ms must be a positive number"),
+            ("benchmark", [{"latency": [{"p50_ms": 1.0}]}, {"latency": []}], "latencies at other batch sizes"),
+            ("units.0.kind", "hats", "Unknown kind of units 'hats'"),
+            ("units.0.kept", 1.5, "units[0].kept must be int, got 1.5"),
+            ("latency", {"before": 2.0}, "latency.where must be str, got nothing"),
+            ("latency", {"before": 2.0, "after": 1.0, "where": "CPU"}, "before.latency must be a positive number"),
+            ("schema_version", "1", "schema_version must be int"),
+        ],
+    )
+    def test_what_is_damaged_is_named(self, report, tmp_path, run, path, value, message):
+        data = json.loads(json.dumps(report.to_dict()))
+        *way, last = path.split(".")
+        place = data
+        for key in way:
+            place = place[int(key) if key.isdigit() else key]
+        place[last] = value
+        (tmp_path / "pruning_report.json").write_text(json.dumps(data))
+        code, out, err = run("compare", tmp_path)
+        assert (code, out) == (1, "")
+        start = f"hf-prune: error: {tmp_path}/pruning_report.json: Not a pruning report: "
+        assert err.startswith(start) and message in err, err
+
+    def test_versions(self, report):
+        assert report.packages["hf_prune"] == hf_prune.__version__
+        assert {"transformers", "torch"} <= report.packages.keys() and "peft" not in report.packages
 
     def test_reports_of_older_versions_load(self, report):
         data = report.to_dict()

@@ -100,9 +100,22 @@ def test_masked_is_shrunk_is_reloaded_with_exactly_so_many_heads(name, options, 
     report = hf_prune.PruningReport.load(tmp_path)
     assert report.method == ("passconc" if options else "pass") and report.config["num_heads"] == 3
     assert report.after["params"] == sum(p.numel() for p in reloaded.parameters()) < report.before["params"]
+    assert report.calibration == {"samples": len(trainer.train_dataset)}
     assert report.facts["steps"] == 8 and report.facts["metrics"].keys() == {"before", "after"}
     assert report.facts["metrics"]["after"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
     assert report.facts["metrics"]["before"]["loss"] != report.facts["metrics"]["after"]["loss"]
+
+
+def test_the_report_says_which_dataset_it_was(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list([{k: v.tolist() for k, v in row.items()} for row in examples("bert")])
+    trainer = hf_prune.PruningTrainer(
+        tiny_model("bert"), arguments("bert", tmp_path, hf_prune.PruningTrainingArguments), train_dataset=data
+    )
+    trainer.save_model()
+    report = hf_prune.PruningReport.load(tmp_path)
+    assert report.calibration == {"samples": len(data), "fingerprint": data._fingerprint}
+    assert f"the training data, {len(data)} examples." in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["bert", "bart"])

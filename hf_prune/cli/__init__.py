@@ -9,6 +9,7 @@ failed, 2 when it was called wrongly, and 130 after Ctrl-C.
 
 import argparse
 import json
+import math
 import sys
 import traceback
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = args.debug
         with redirect_stdout(sys.stderr):  # whatever a library prints, it is no result
             data, text = args.run(args)
-        print(json.dumps(data, indent=2) if args.json else text, flush=True)
+        print(json.dumps(_plain(data), indent=2, allow_nan=False) if args.json else text, flush=True)
     except KeyboardInterrupt:
         print("hf-prune: interrupted", file=sys.stderr)
         return 130
@@ -82,6 +83,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-prune: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _plain(data: Any) -> Any:
+    """Data as JSON has them: it knows no NaN and no infinity, so they become null."""
+    if isinstance(data, dict):
+        return {key: _plain(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_plain(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -50,20 +50,26 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         if not own:
             raise ConfigError(f"{args.bench} has one row only: measure the model with --against the dense one.")
         report.benchmark = [rows[0], own[-1]]
-        report.evaluation = _evaluation(*report.benchmark) or report.evaluation
+        report.evaluation = _evaluation(args.bench, *report.benchmark) or report.evaluation
     if args.evaluation:
         report.evaluation = _rows(args.evaluation)
     card = write_card(folder, report, name=args.name)
     return {"card": str(card)}, f"Wrote {card}."
 
 
-def _evaluation(dense: dict[str, Any], pruned: dict[str, Any]) -> list[dict[str, Any]]:
+def _evaluation(file: str, dense: dict[str, Any], pruned: dict[str, Any]) -> list[dict[str, Any]]:
     """The scores of two rows of a benchmark as rows of a report's evaluation."""
-    about = pruned.get("scored_on", {})
+    parts = [row.get(key) or {} for key in ("scores", "scored_on") for row in (dense, pruned)]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ConfigError(f"{file}: scores and scored_on of a row must be objects, as `hf-prune bench --json` prints.")
+    before, after, _, about = parts
+    if before.keys() != after.keys():
+        found = " and ".join(f"{row.get('name')!r} {sorted(row.get('scores') or {})}" for row in (dense, pruned))
+        raise ConfigError(f"{file}: both rows must have the same scores, they are of {found}: measure them together.")
     known = {key: about[key] for key in ("dataset", "config", "split", "revision") if key in about}
     return [
-        {"metric": metric, "before": dense["scores"][metric], "after": value, "n": about.get("samples"), **known}
-        for metric, value in pruned.get("scores", {}).items()
+        {"metric": metric, "before": before[metric], "after": value, "n": about.get("samples"), **known}
+        for metric, value in after.items()
     ]
 
 

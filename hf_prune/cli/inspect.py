@@ -9,11 +9,11 @@ import torch
 from transformers import PreTrainedModel
 
 from ..architectures import AttentionSpec, StackSpec
-from ..benchmark import si_scale
 from ..costs import CostTable
 from ..depth import droppable
 from ..masks import PruningMask
 from ..methods import get_pruner, known_pruners
+from ..tables import si_scale
 from ..units import Kind, PrunableUnits, UnitGroup, base_model, head_counts
 from .arguments import add_model, count
 from .loading import how_it_loads, load_model, loading_sentence, resolve

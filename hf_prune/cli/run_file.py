@@ -27,7 +27,10 @@ def parse_with_file(
     path = given["config"]
     names = {_name(action): action for action in actions if action.dest != "config"}
     tokens: list[str] = []
-    for key, value in _read(command, path).items():
+    read = _read(command, path)
+    for key, value in read.items():
+        if "_" in key and (same := key.replace("_", "-")) in read:
+            command.error(f"{path}: {key!r} and {same!r} are the same key, give it once")
         if key.replace("_", "-") not in names:
             command.error(f"{path}: {unknown('key', key, names)}")
         action = names[key.replace("_", "-")]
@@ -46,9 +49,17 @@ def parse_with_file(
 def _read(command: argparse.ArgumentParser, path: str) -> dict[str, Any]:
     import yaml
 
+    # BaseLoader builds text, lists and mappings alone: 2:4 stays a pattern, which YAML takes for 124 seconds.
+    class Loader(yaml.BaseLoader):  # type: ignore[misc]  # yaml is not type-checked here
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), None)
+            if twice is not None:
+                raise yaml.MarkedYAMLError(problem=f"{twice!r} is given twice", problem_mark=node.start_mark)
+            return super().construct_mapping(node, deep)
+
     try:
-        # Its BaseLoader builds text, lists and mappings alone: 2:4 stays a pattern, which YAML takes for 124 seconds.
-        found = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), yaml.BaseLoader)
+        found = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         command.error(f"can't read the arguments in {path}: {error}")
     if not isinstance(found, dict):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
@@ -21,9 +22,10 @@ from ..errors import ConfigError, PruningError
 from ..layout import KEY
 from ..plots import plot_units
 from ..redaction import redact
-from ..report import REPORT_FILE, PruningReport
+from ..report import REPORT_FILE, SCHEMA_VERSION, PruningReport
+from ..tables import markdown_table
 from . import sections
-from .markdown import block, code, line, table, text
+from .markdown import block, code, line, text
 from .standalone import auto_classes
 
 CARD_FILE, PICTURE_FILE = "README.md", "pruning_layers.png"
@@ -52,8 +54,8 @@ def write_card(
     Raises:
         ConfigError: There is a card that hf_prune did not write, or that was claimed by removing the line which says
             so.
-        PruningError: There is no report in the folder, it is malformed, or the folder can't be written. Nothing in it
-            has changed.
+        PruningError: There is no report in the folder, it is malformed, a newer hf_prune wrote it, or the folder can't
+            be written. Nothing in it has changed.
 
     Examples:
         ```python
@@ -69,6 +71,11 @@ def write_card(
     if card.exists() and not is_ours(card):
         raise ConfigError(f"{card} was not written by hf_prune, or was edited: move it away to get a new one.")
     known = report if report is not None else PruningReport.load(folder)
+    if known.schema_version > SCHEMA_VERSION:
+        raise PruningError(
+            f"The report is of schema {known.schema_version}, written by a newer hf_prune; this one knows schema "
+            f"{SCHEMA_VERSION} and would lose what is new: pip install -U hf_prune."
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         # Inside the folder, for a file can take another's place at once only on the same file system.
@@ -122,6 +129,8 @@ def render_card(report: PruningReport, config: Mapping[str, Any], name: str, *, 
         # A layout stands in the config; that weights are compressed only the save knows.
         needs = config.get(KEY) is not None or bool((report.verified or {}).get("hf_prune"))
         remote = isinstance(config.get("auto_map"), Mapping)
+        verified = report.verified or {}
+        importable = bool(verified.get("usage")) or hasattr(transformers, report.model_class)
         metadata = _metadata(report, name, needs)
         return environment.from_string(template).render(
             metadata=metadata.to_yaml(),
@@ -129,13 +138,21 @@ def render_card(report: PruningReport, config: Mapping[str, Any], name: str, *, 
             name=name,
             report=report,
             base=metadata.base_model if isinstance(metadata.base_model, str) else None,
-            usage=usage(name, report, needs, remote),
+            usage=usage(
+                json.dumps(name, ensure_ascii=False),
+                report.model_class,
+                processor=verified.get("processor"),
+                variant=verified.get("variant"),
+                needs_hf_prune=needs,
+                auto_class=_auto_class(report) if remote else None,
+                importable=importable,
+            ),
             claim=_claim(report.verified),
             picture=PICTURE_FILE if picture else None,
-            roads=_roads(report.verified or {}, needs, remote),
+            roads=_roads(report, needs, remote, importable),
             section=sections,
         )
-    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
         raise PruningError(f"The pruning report is malformed, no card can be made of it: {error!r}.") from error
 
 
@@ -192,7 +209,7 @@ def _metadata(report: PruningReport, name: str, needs_hf_prune: bool) -> ModelCa
         "license_name": _one(given.get("license_name"), r"[A-Za-z0-9][\w.+ -]*"),
         "license_link": _one(given.get("license_link"), r"(https://)?[\w./%#?=-]+"),
         "language": _those(given.get("language"), lambda x: bool(re.fullmatch(r"[A-Za-z]{2,12}(-[A-Za-z]+)?", x))),
-        "datasets": _those(given.get("datasets") or (report.calibration or {}).get("dataset"), is_repo_id),
+        "datasets": _those(given.get("datasets") or sections.data_of(report).get("dataset"), is_repo_id),
         "pipeline_tag": _one(task, r"[a-z0-9-]+"),
         "library_name": KEY if needs_hf_prune else "transformers",
         "tags": _those(tags, lambda tag: bool(re.fullmatch(r"[\w.:+-]+", tag))),
@@ -238,22 +255,54 @@ def _task(model_class: str) -> str | None:
 # How it loads
 
 
-def usage(name: str, report: PruningReport, needs_hf_prune: bool, remote: bool) -> str:
-    """The lines that load a model, and its tokenizer or processor where the save has loaded that too."""
-    cls, options = report.model_class, ""
-    first = ["import hf_prune  # rebuilds the shapes, pip install hf_prune"] if needs_hf_prune else []
-    if remote:
-        autos = [auto for auto, loads in auto_classes(report.model_type).items() if loads == cls]
-        cls, options, first = next(iter(autos), "AutoModel"), ", trust_remote_code=True", []
-    if not cls.isidentifier():
-        raise ValueError(f"{cls!r} names no class")
-    loads = [f"model = {cls}.from_pretrained({json.dumps(name)}{options})"]
-    processor = (report.verified or {}).get("processor")
-    names = [cls]
+def usage(
+    where: str,
+    model_class: str,
+    *,
+    processor: str | None = None,
+    variant: str | None = None,
+    needs_hf_prune: bool = False,
+    auto_class: str | None = None,
+    importable: bool = True,
+) -> str:
+    """The lines that load a model. A save runs them on what it wrote.
+
+    Args:
+        where (`str`): The folder or repository, as a Python literal.
+        model_class (`str`): Name of the class.
+        processor (`str`, *optional*): The auto class of the tokenizer or processor that was saved with it.
+        variant (`str`, *optional*): Of the weights.
+        needs_hf_prune (`bool`, *optional*, defaults to `False`): transformers alone can't load it.
+        auto_class (`str`, *optional*): What loads it with its remote code.
+        importable (`bool`, *optional*, defaults to `True`): transformers has the class.
+
+    Raises:
+        ValueError: `model_class` can't be the name of a class.
+    """
+    if not model_class.isidentifier():
+        raise ValueError(f"{model_class!r} names no class")
+    options = f", variant={json.dumps(variant)}" if variant else ""
+    first, cls = [], auto_class or model_class
+    if auto_class is not None:
+        options += ", trust_remote_code=True"
+    elif needs_hf_prune:
+        first.append("import hf_prune  # rebuilds the shapes, pip install hf_prune")
+    loads = [f"model = {cls}.from_pretrained({where}{options})"]
+    names = [cls] if auto_class is not None or importable else []
     if processor in PROCESSORS:
         names.append(processor)
-        loads.append(f"{PROCESSORS[processor]} = {processor}.from_pretrained({json.dumps(name)})")
-    return "\n".join([*first, f"from transformers import {', '.join(sorted(names))}", "", *loads])
+        loads.append(f"{PROCESSORS[processor]} = {processor}.from_pretrained({where})")
+    if names:
+        first.append(f"from transformers import {', '.join(sorted(names))}")
+    if cls not in names:
+        first.append(f"# transformers has no {cls}: import it from the code that defines it.")
+    return "\n".join([*first, "", *loads])
+
+
+def _auto_class(report: PruningReport) -> str:
+    """What loads a model with its remote code."""
+    autos = auto_classes(report.model_type).items()
+    return next((auto for auto, loads in autos if loads == report.model_class), "AutoModel")
 
 
 PROCESSORS = {
@@ -275,30 +324,38 @@ def _claim(verified: Mapping[str, Any] | None) -> str:
         what = (
             "the class behind these lines was loaded from the saved files and their code, with hf_prune switched off"
         )
-    else:
+    elif verified.get("usage"):
         what = "these lines were run on the saved files"
+    else:
+        what = "the class behind these lines loaded the saved files"
     return (
         f"When the model was saved, {what} ({how}). The weights were equal to those in memory to the last bit, "
         f"{outputs}."
     )
 
 
-def _roads(verified: Mapping[str, Any], needs_hf_prune: bool, remote: bool) -> str:
-    tested, untested = "when it was saved", "not tested"
+def _roads(report: PruningReport, needs_hf_prune: bool, remote: bool, importable: bool) -> str:
+    verified, tested, untested = report.verified or {}, "when it was saved", "not tested"
+    yes = "yes" if importable else f"with the code of `{code(report.model_class)}`"
     plain = bool(verified) and not needs_hf_prune and not verified["remote_code"]
     imported = bool(verified) and needs_hf_prune and not verified["remote_code"]
     rows = [
         [
             "transformers alone",
-            "no" if needs_hf_prune else "yes",
+            "no" if needs_hf_prune else yes,
             tested if plain else "" if needs_hf_prune else untested,
         ],
-        ["transformers after `import hf_prune`", "yes", tested if imported else untested],
+        ["transformers after `import hf_prune`", yes, tested if imported else untested],
         [
             "`trust_remote_code=True`, hf_prune not installed",
             "yes" if remote else "no" if needs_hf_prune else "not needed",
             "" if not remote else tested if verified.get("remote_code") else untested,
         ],
-        ["ONNX", "", untested],
+        ["ONNX", *(("yes", "when its latency was measured") if _has_run_as_onnx(report) else ("", untested))],
     ]
-    return table(["With", "loads", "tested"], rows)
+    return markdown_table(["With", "loads", "tested"], rows)
+
+
+def _has_run_as_onnx(report: PruningReport) -> bool:
+    """A graph is timed only once it has computed what the model does."""
+    return any(row.onnx_latency for row in sections.measurements(report)[-1:])

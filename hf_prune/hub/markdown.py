@@ -3,7 +3,6 @@
 import html
 import re
 import unicodedata
-from collections.abc import Sequence
 from typing import Any
 
 
@@ -27,12 +26,6 @@ def block(value: Any, language: str = "") -> str:
     source = _printable(value)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", source)), default=0))
     return f"{fence}{language}\n{source}\n{fence}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table of cells that are Markdown already: the first column to the left, the others to the right."""
-    lines = [head, ["---", *("--:" for _ in head[1:])], *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def _printable(value: Any) -> str:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from ..report import PruningReport
 from ..timing import evaluating, example_inputs
 from ..units import PrunableUnits, forget_gguf, prunable_units, site
 from ..weight_masks import WeightMask
-from .card import CARD_FILE, origin, write_card
+from .card import CARD_FILE, origin, usage, write_card
 from .staging import link_others, staged
 from .standalone import add_standalone_code
 
@@ -127,10 +128,19 @@ def save_pretrained(
                 file.chmod(staging.stat().st_mode & 0o666)
         if target.exists():
             link_others(target, staging, options.get("variant"))
-        needed = not standalone and (compressed or getattr(model.config, KEY, None) is not None)
-        outputs = _verify(model, state, staging, standalone, needed, options.get("variant"))
+        verified = {
+            "processor": _processor(processing_class, staging),
+            "variant": options.get("variant"),
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "attention": model.config._attn_implementation,
+            "remote_code": standalone,
+            "hf_prune": not standalone and (compressed or getattr(model.config, KEY, None) is not None),
+            "usage": not standalone and _importable(model, staging),
+            "masked": carried is not None,
+        }
+        verified["outputs"] = _verify(model, state, staging, verified)
         if report is not None:
-            verified = _verified(model, staging, processing_class, standalone, needed, outputs)
+            verified["usage"] &= report.model_class == type(model).__name__
             source = origin(model)
             if report.metadata.get("base_model", source.get("base_model")) != source.get("base_model"):
                 source.pop("base_revision", None)  # it is that of another model
@@ -195,18 +205,11 @@ def _folded(model: PreTrainedModel, state: dict[str, torch.Tensor], mask: Prunin
 # Reload and compare
 
 
-def _verify(
-    model: PreTrainedModel,
-    state: dict[str, torch.Tensor],
-    directory: Path,
-    standalone: bool,
-    needed: bool,
-    variant: str | None,
-) -> bool:
-    """Whether the outputs could be compared too; raises if anything differs. `needed`: only hf_prune can load it."""
+def _verify(model: PreTrainedModel, state: dict[str, torch.Tensor], directory: Path, how: Mapping[str, Any]) -> bool:
+    """Whether the outputs could be compared too; raises if anything differs. `how` is what a report says of it."""
     name = type(model).__name__
     try:
-        again = _reload(model, directory, standalone, needed, variant)
+        again = _reload(model, directory, how)
     except (OSError, ValueError, RuntimeError, PruningError, SafetensorError) as error:
         raise SaveError(f"The saved {name} does not load again, nothing was replaced: {error}") from error
     loaded = again.state_dict()
@@ -242,10 +245,8 @@ def _verify(
     return True
 
 
-def _verified(
-    model: PreTrainedModel, directory: Path, processing_class: Any, standalone: bool, needed: bool, outputs: bool
-) -> dict[str, Any]:
-    """How the checkpoint was reloaded, for the report. The tokenizer or processor is reloaded here."""
+def _processor(processing_class: Any, directory: Path) -> str | None:
+    """The auto class that loads what a tokenizer or processor has saved, if it does."""
     kinds = {
         "AutoTokenizer": PreTrainedTokenizerBase,
         "AutoProcessor": ProcessorMixin,
@@ -259,14 +260,17 @@ def _verified(
         except Exception as error:  # from OSError to whatever the code of tokenizers raises
             logger.warning(f"{processor} does not load what {type(processing_class).__name__} saved: {error}")
             processor = None
-    return {
-        "processor": processor,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": model.config._attn_implementation,
-        "remote_code": standalone,
-        "hf_prune": needed,
-        "outputs": outputs,
-    }
+    return processor
+
+
+def _importable(model: PreTrainedModel, directory: Path) -> bool:
+    """Whether `from transformers import ...` gives the class of a model, and not one that it was derived from."""
+    cls, classes = getattr(transformers, type(model).__name__, None), type(model).__mro__
+    if cls not in classes or '"auto_map"' in (directory / "config.json").read_text(encoding="utf-8"):
+        return False
+    homes = {cls.__module__, "hf_prune.modeling"}  # of the class that prunable() makes, and of its mixin
+    derived = (c.__module__ for c in classes[: classes.index(cls)])
+    return all(home in homes or home.startswith("transformers_modules.") for home in derived)
 
 
 def _document(report: PruningReport, directory: Path, name: str) -> None:
@@ -279,24 +283,41 @@ def _document(report: PruningReport, directory: Path, name: str) -> None:
             logger.warning(f"The model is saved without a card: {error}")
 
 
-def _reload(
-    model: PreTrainedModel, directory: Path, standalone: bool, needed: bool, variant: str | None
-) -> PreTrainedModel:
-    options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": model.config._attn_implementation}
-    if variant is not None:
-        options["variant"] = variant
+def _reload(model: PreTrainedModel, directory: Path, how: Mapping[str, Any]) -> PreTrainedModel:
+    """The saved model, by the lines of the model card where those can run."""
+    options: dict[str, Any] = {"dtype": model.dtype, "attn_implementation": how["attention"]}
+    if how["variant"] is not None:
+        options["variant"] = how["variant"]
     enabled = getattr(PreTrainedModel.post_init, "_hf_prune", False)
-    if not needed:
+    if not how["hf_prune"]:
         disable()  # it must load without hf_prune
     try:
-        if standalone:
+        if how["remote_code"]:
             return _reload_remote(model, directory, options)
+        if how["usage"]:
+            return _run_usage(model, directory, how)
         cls = next(c for c in type(model).__mro__ if not c.__module__.startswith("transformers_modules."))
         loaded: PreTrainedModel = cls.from_pretrained(directory, **options)  # type: ignore[attr-defined]
         return loaded
     finally:
         if enabled:
             enable()
+
+
+def _run_usage(model: PreTrainedModel, directory: Path, how: Mapping[str, Any]) -> PreTrainedModel:
+    found: dict[str, Any] = {}
+    lines = usage(
+        ascii(str(directory)),
+        type(model).__name__,
+        processor=how["processor"],
+        variant=how["variant"],
+        needs_hf_prune=how["hf_prune"],
+    )
+    exec(lines, found)
+    loaded: PreTrainedModel = found["model"]
+    if loaded.config._attn_implementation != how["attention"]:
+        loaded.set_attn_implementation(how["attention"])
+    return loaded
 
 
 def _reload_remote(model: PreTrainedModel, directory: Path, options: dict[str, Any]) -> PreTrainedModel:

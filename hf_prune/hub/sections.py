@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
-from ..benchmark import Measurement, setting, si_scale
+from ..benchmark import Measurement, setting
 from ..errors import PruningError
 from ..methods import MethodConfig
 from ..report import PruningReport
-from .markdown import code, table, text
+from ..tables import markdown_table, quantities
+from .markdown import code, text
 
 _SHARES = ("accuracy", "exact_match", "eval_accuracy")  # means of n answers that are right or wrong
 
@@ -28,6 +29,8 @@ def verdict(report: PruningReport, base: str | None) -> str:
     if report.weights:
         done = f"{report.sparsity():.1%} of the weights in {len(report.weights)} matrices are zero"
         done += ". Zeros in dense tensors make a model neither smaller nor faster" if report.latency is None else ""
+    elif report.masked:
+        done = f"{_gone(report)} are zero, not cut. The model is as large as the dense one"
     else:
         done = f"{_less(report.ratio('macs'))} multiply-accumulates and {_less(report.ratio('params'))} parameters"
     facts = [f"**{dense}, pruned with {text(report.method)}: {done}"]
@@ -42,6 +45,15 @@ def verdict(report: PruningReport, base: str | None) -> str:
     return "; ".join(facts) + ".**"
 
 
+def _gone(report: PruningReport) -> str:
+    counts: dict[str, list[int]] = {}
+    for row in report.units:
+        count = counts.setdefault(row["kind"], [0, 0])
+        count[0] += row["size"] - row["kept"]
+        count[1] += row["size"]
+    return " and ".join(f"{gone:,} of {size:,} {kind}" for kind, (gone, size) in counts.items() if gone) or "no units"
+
+
 def _less(ratio: float) -> str:
     return f"{abs(1 - ratio):.0%} {'fewer' if ratio <= 1 else 'more'}"
 
@@ -50,10 +62,8 @@ def measured(report: PruningReport) -> str:
     """Dense against pruned: a row for each thing that was counted or measured, and no other."""
     rows: list[list[str]] = []
 
-    def add(what: str, before: float, after: float, unit: str = "", scale: tuple[str, float] | None = None) -> None:
-        prefix, factor = scale if scale is not None else si_scale(max(before, after))
-        cells = [f"{value / factor:.2f} {prefix}{unit}".rstrip() for value in (before, after)]
-        rows.append([what, *cells, f"{after / before:.2f}×" if before else ""])
+    def add(what: str, before: float, after: float, unit: str = "") -> None:
+        rows.append([what, *quantities([before, after], unit), f"{after / before:.2f}×" if before else ""])
 
     for row in report.evaluation:
         n = row.get("n")
@@ -66,7 +76,7 @@ def measured(report: PruningReport) -> str:
         ("macs", "MACs per example"),
     ):
         if key in report.before and key in report.after:
-            add(what, report.before[key], report.after[key])
+            add(what, report.before[key], report.before[key] if report.masked else report.after[key])
     pair = measurements(report)
     if pair:
         dense, pruned = pair
@@ -76,15 +86,22 @@ def measured(report: PruningReport) -> str:
             for runs in zip(*(getattr(row, kind) for row in pair), strict=True):
                 for name in ("p50", "p95"):
                     before, after = (getattr(run, f"{name}_ms") for run in runs)
-                    add(f"{where} {name}, batch {runs[0].batch_size}", before, after, "s", ("m", 1))
-    elif report.latency is not None and report.latency["before"] is not None:
-        add("latency p50", report.latency["before"], report.latency["after"], "s", ("m", 1))
-    return table(["", "dense", "pruned", "pruned vs dense"], rows)
+                    add(f"{where} {name}, batch {runs[0].batch_size}", before, after, "ms")
+    elif (times := _timed(report)) is not None:
+        add("latency p50", *times, "ms")
+    return markdown_table(["", "dense", "pruned", "pruned vs dense"], rows)
+
+
+def _timed(report: PruningReport) -> tuple[float, float] | None:
+    """Milliseconds before and after under a budget of latency. What was saved masked was not what was timed."""
+    if report.latency is None or report.latency["before"] is None or report.masked:
+        return None
+    return report.latency["before"], report.latency["after"]
 
 
 def _quality(row: Mapping[str, Any], when: str) -> str:
     value, interval = row[when], row.get(f"interval_{when}")
-    if interval is None and row.get("n") and row["metric"] in _SHARES:
+    if interval is None and row.get("n") and row["metric"] in _SHARES and 0 <= value <= 1:
         interval = wilson_interval(value, row["n"])
     return f"{value:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
 
@@ -103,6 +120,9 @@ def notes(report: PruningReport) -> str:
     if report.sequence_lengths:
         lengths = ", ".join(f"{n:.4g}" for n in report.sequence_lengths.values())
         found.append(f"MACs: the layers' multiply-accumulates for one example of {lengths} tokens.")
+    if report.masked:
+        left = f"{report.ratio('params'):.2f}× the parameters and {report.ratio('macs'):.2f}× the MACs"
+        found.append(f"`hf_prune.shrink` would leave {left}.")
     if any(row.get("n") and row["metric"] in _SHARES for row in report.evaluation):
         found.append("In brackets: 95 % confidence intervals, each of one model alone.")
     data = [
@@ -115,7 +135,7 @@ def notes(report: PruningReport) -> str:
     pair = measurements(report)
     if pair and pair[0].latency:
         found.append(f"Latency of one forward pass, the models taking turns: {text(setting(pair[0]))}.")
-    elif report.latency is not None and report.latency["before"] is not None:
+    elif report.latency is not None and _timed(report):
         found.append(f"Latency: {text(report.latency['where'])}.")
     return "\n".join(found)
 
@@ -142,7 +162,7 @@ def _by_layer(rows: Sequence[Mapping[str, Any]], cells: Mapping[str, str], what:
         ]
         for stack, layer in places
     ]
-    return table([what, *map(text, columns)], lines)
+    return markdown_table([what, *map(text, columns)], lines)
 
 
 def _column(row: Mapping[str, Any]) -> str:
@@ -170,17 +190,28 @@ def call(report: PruningReport) -> tuple[str, str] | None:
 
 
 def calibration(report: PruningReport) -> str:
-    """The data that the method looked at."""
-    data = report.calibration
-    if data is None:
-        return "the training data." if "steps" in report.facts else "none."
-    source = " ".join(str(data[key]) for key in ("dataset", "config", "split") if data.get(key))
-    of = f" of {text(source)}" if source else ""
-    revision = f" at revision {text(data['revision'])}" if data.get("revision") else ""
-    return (
-        f"{data['samples']:,} examples{of}{revision}, {data['tokens']:,} tokens, {data['mean_length']:.4g} in the "
-        f"mean. SHA-256 of what the model saw: `{code(data['sha256'])}`."
-    )
+    """The data that the method looked at, or was trained on."""
+    data = data_of(report)
+    facts = ["the training data"] if "steps" in report.facts else [] if data else ["none"]
+    if "samples" in data:
+        source = " ".join(str(data[key]) for key in ("dataset", "config", "split") if data.get(key))
+        of = f" of {text(source)}" if source else ""
+        revision = f" at revision {text(data['revision'])}" if data.get("revision") else ""
+        facts.append(f"{data['samples']:,} examples{of}{revision}")
+    if "tokens" in data:
+        facts.append(f"{data['tokens']:,} tokens, {data['mean_length']:.4g} in the mean")
+    words = f"{', '.join(facts)}."
+    if "sha256" in data:
+        words += f" SHA-256 of what the model saw: `{code(data['sha256'])}`."
+    if "fingerprint" in data:
+        words += f" Fingerprint of the `datasets.Dataset`: `{code(data['fingerprint'])}`."
+    return words
+
+
+def data_of(report: PruningReport) -> Mapping[str, Any]:
+    """What is known of the data that the method looked at: of a search they are among its options."""
+    data = report.calibration or report.config.get("data")
+    return data if isinstance(data, Mapping) else {}
 
 
 def recovery(report: PruningReport) -> str:
@@ -207,9 +238,11 @@ def limits(report: PruningReport) -> list[str]:
     else:
         found.append("Its quality was not measured: evaluate it on your task before you rely on it.")
     pair = measurements(report)
-    if report.weights and report.latency is None:
+    if report.masked:
+        found.append("Its units are zero, not cut: memory and latency gain nothing before `hf_prune.shrink`.")
+    elif report.weights and report.latency is None:
         found.append("Tensors keep their shapes: memory and latency gain nothing without kernels for sparse weights.")
-    elif pair and pair[0].latency or (report.latency is not None and report.latency["before"] is not None):
+    elif pair and pair[0].latency or _timed(report):
         found.append("Latency holds for the hardware and the sizes named above.")
     else:
         found.append("Latency was not measured. Fewer multiply-accumulates are not always less time.")

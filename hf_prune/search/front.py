@@ -14,7 +14,7 @@ from ..errors import InfeasibleBudgetError, PruningError, SaveError
 from ..hub import save_pretrained
 from ..masks import PruningMask
 from ..plots import plot_front
-from ..report import PruningReport, unit_rows
+from ..report import PruningReport, package_versions, unit_rows
 from ..selection import resolve_budget
 from ..surgery import shrunk_copy
 from ..units import KINDS, prunable_units
@@ -213,6 +213,7 @@ class ParetoFront(Sequence[SubNetwork]):
             units=unit_rows(units, self._mask(index)),
             facts={"error": point.error, "evaluated": len(self.evaluated)},
             papers=[asdict(PAPER)],
+            packages=package_versions("optuna"),
         )
 
     def save_models(

@@ -268,6 +268,7 @@ class PruningTrainer(DistillingTrainer):
             sequence_lengths=table.lengths,
             units=unit_rows(table.units, mask),
             seconds=next((x["train_runtime"] for x in reversed(self.state.log_history) if "train_runtime" in x), 0.0),
+            calibration=self._training_data(),
             processes=self.args.world_size,
             facts=self.facts(),
             papers=[asdict(self.paper)] if self.paper is not None else [],
@@ -275,6 +276,16 @@ class PruningTrainer(DistillingTrainer):
             metadata=dict(self.card_metadata),
         )
         return shrunk_copy(self.model, mask), mask, report
+
+    def _training_data(self) -> dict[str, Any] | None:
+        """How many examples there are, and, of a `datasets.Dataset`, which."""
+        data = self.train_dataset
+        found: dict[str, Any] = data_source(data)
+        if hasattr(data, "__len__"):
+            found["samples"] = len(data)
+        if isinstance(getattr(data, "_fingerprint", None), str):
+            found["fingerprint"] = data._fingerprint
+        return found or None
 
     def _evaluation(self) -> list[dict[str, Any]]:
         """The metrics of the dense and the pruned model, side by side."""
