@@ -1,9 +1,11 @@
 """The search: what it finds, what it keeps, and what it refuses."""
 
+import datetime
 import logging
 import math
 import os
 import reprlib
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -114,6 +116,20 @@ class TestSearch:
         front = search(error, space, method="random", num_samples=20)
         assert space.size == 4 and len(front.evaluated) <= 4
         assert sum(calls.values()) == len(front.evaluated)
+
+    def test_members_with_the_same_mask_are_evaluated_once(self):
+        space = hf_prune.search_space("layer", MODEL)
+        empty = dict.fromkeys(space.parameters, 0)
+        assert space.mask(empty) == space.mask(space.smallest) and empty != space.smallest
+        calls = Counter()
+
+        def error(model):
+            calls[model.num_parameters()] += 1
+            return size_error(model)
+
+        front = search(error, space, method="random", num_samples=60)
+        masks = [point.mask for point in front.evaluated]
+        assert sum(calls.values()) == len(masks) == sum(mask == other for mask in masks for other in masks)
 
     def test_local_search_changes_one_number_of_a_point_of_the_front(self):
         front = search(method="local", num_samples=12, seed=3)
@@ -393,6 +409,110 @@ search(error, storage=sys.argv[1], method="random")
         assert len(calls) == 4  # of 8, with the one that was lost
         assert members(front) == members(search(method="random"))
         assert "RUNNING" not in [trial.state.name for trial in journal(tmp_path / "log").trials]
+
+    def study(self, storage, **options):
+        options = {"method": "random", "seed": 0, "name": "x", **options}
+        return SearchStudy(SPACE, {"space": SPACE.describe()}, storage=storage, **options)
+
+    def first(self, study, count=4):
+        """The members that a study asks for, each told at once."""
+        samples = []
+        for _ in range(count):
+            samples.append(study.ask())
+            study.tell(samples[-1], 0.5, 0.5)
+        return [sample.member for sample in samples]
+
+    def test_a_worker_killed_before_its_mark(self, tmp_path):
+        lost = self.study(tmp_path / "log")
+        lost._study.ask(lost._distributions)
+        assert SPACE.largest in self.first(self.study(tmp_path / "log"))
+        trial = lost._study.trials[0]
+        assert trial.state.name == "RUNNING"  # it may still be between the two
+        trial.datetime_start -= datetime.timedelta(minutes=2)
+        assert not hf_prune.search.study._is_alive(trial)
+
+    @pytest.mark.parametrize("shift", [100, -100])
+    def test_another_process_of_the_same_number(self, tmp_path, shift):
+        before = self.study(tmp_path / "log")
+        sample = before.ask()
+        assert before._study.trials[0].user_attrs["worker"][:2] == [socket.gethostname(), os.getpid()]
+        alive = self.study(tmp_path / "log")
+        assert SPACE.largest not in self.first(alive, 1)  # the worker is this process
+        host, process, start = before._study.trials[0].user_attrs["worker"]
+        before._trials[sample.number].set_user_attr("worker", (host, process, start + shift))
+        assert SPACE.largest in self.first(self.study(tmp_path / "log"))
+
+    def test_two_workers_give_the_same_trial_back(self, tmp_path, monkeypatch):
+        lost = self.study(tmp_path / "log")
+        lost._trials[lost.ask().number].set_user_attr("worker", (socket.gethostname(), 2**22 + 1, 0.0))
+        tell = optuna.Study.tell
+
+        def late(study, number, **options):  # the other one is faster
+            monkeypatch.setattr(optuna.Study, "tell", tell)
+            self.study(tmp_path / "log")
+            return tell(study, number, **options)
+
+        monkeypatch.setattr(optuna.Study, "tell", late)
+        found = self.first(self.study(tmp_path / "log"), 5)
+        assert found.count(SPACE.largest) == 1
+
+    def test_a_worker_that_starts_at_the_same_moment(self, tmp_path, monkeypatch):
+        trials = optuna.Study.get_trials
+
+        def late(study, **options):  # another one creates the study between two reads of this one
+            monkeypatch.setattr(optuna.Study, "get_trials", trials)
+            self.study(tmp_path / "log")
+            return trials(study, **options)
+
+        monkeypatch.setattr(optuna.Study, "get_trials", late)
+        assert self.first(self.study(tmp_path / "log"), 3) == [SPACE.largest, SPACE.smallest, SPACE.middle]
+
+    @pytest.mark.parametrize("cut", [1, 20])
+    def test_a_journal_that_was_cut(self, tmp_path, caplog, cut):
+        path = tmp_path / "log"
+        self.first(self.study(path))
+        path.write_bytes(path.read_bytes()[:-cut])
+        logging.getLogger("hf_prune").propagate = True
+        with caplog.at_level(logging.WARNING):
+            assert len(self.study(path)) == 3  # the last one was not told
+        assert "The last line of" in caplog.text
+        self.first(self.study(path), 2)
+        caplog.clear()
+        assert len(self.study(path)) == 5 and "incomplete" not in caplog.text
+
+    @pytest.mark.parametrize("kind", ["sqlite", "journal"])
+    def test_workers_at_the_same_time(self, tmp_path, kind):
+        script = """
+import os, sys, time
+import hf_prune.search.study
+from test_search import search, size_error
+open(sys.argv[2] + f"/ready-{os.getpid()}", "w").close()
+while len([name for name in os.listdir(sys.argv[2]) if name.startswith("ready")]) < 2:
+    time.sleep(0.01)
+front = search(size_error, storage=sys.argv[1], method="random", num_samples=12, seed=int(sys.argv[3]))
+print(len(front.evaluated))
+"""
+        storage = f"sqlite:///{tmp_path}/search.db" if kind == "sqlite" else str(tmp_path / "log")
+        here = Path(__file__).parent
+        env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, storage, tmp_path, str(seed)],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for seed in (1, 2)
+        ]
+        for worker in workers:
+            _, errors = worker.communicate(timeout=600)
+            assert worker.returncode == 0, errors[-3000:]
+        calls = []
+        front = search(lambda model: calls.append(1) or size_error(model), storage=storage, num_samples=12)
+        assert not calls and {tuple(m.values()) for m in members(front)} >= {
+            tuple(m.values()) for m in (SPACE.largest, SPACE.smallest, SPACE.middle)
+        }
 
     def test_workers_share_a_study(self, tmp_path):
         identity = {"space": SPACE.describe()}
