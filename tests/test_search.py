@@ -104,6 +104,9 @@ class TestSearch:
         assert front.select({"latency": front[0].costs["latency"] / front.dense["latency"]}) == 0
         milliseconds = [point.costs["latency"] for point in front]
         assert milliseconds == sorted(milliseconds) and "latency" in front.table()
+        report = front.report(0, MODEL)
+        assert report.latency["before"] is None and report.latency["where"] and report.latency["table"]
+        assert report.after["latency"] == milliseconds[0]
 
     def test_duplicates_are_not_evaluated_again(self):
         calls = Counter()
@@ -183,6 +186,27 @@ class TestErrors:
         for index, point in enumerate(front):
             (value,) = reference(front.extract(index, MODEL), metric).values()
             assert point.error == pytest.approx(1 - value)
+
+    @pytest.mark.parametrize("bounds", [{}, {"num_layers": (1, 2)}])
+    def test_reports_tell_the_quality(self, bounds, tmp_path):
+        space = hf_prune.search_space("small", MODEL, bounds=bounds)
+        front = search(DATA, space, num_samples=5)
+        (dense,) = reference(MODEL, Accuracy()).values()
+        assert front.dense_error == pytest.approx(1 - dense)
+        front.save(tmp_path)
+        loaded = hf_prune.ParetoFront.load(tmp_path)
+        for index, point in enumerate(front):
+            (row,) = loaded.report(index, MODEL).evaluation
+            assert row == {"metric": "accuracy", "n": 24} | {
+                "before": pytest.approx(dense),
+                "after": pytest.approx(1 - point.error),
+            }
+        assert front.plot(tmp_path / "front.png").axes[0].lines[-1].get_xydata().tolist() == [[1.0, front.dense_error]]
+        (row,) = search(DATA, space, metric="loss", num_samples=3).report(0, MODEL).evaluation
+        calibrator = hf_prune.Calibrator(MODEL, DATA, labels=True)
+        assert row["metric"] == "loss" and row["before"] == pytest.approx(Evaluator(calibrator, "loss")(MODEL))
+        (row,) = search(size_error, space, num_samples=3).report(0, MODEL).evaluation
+        assert row["metric"] == "error" and row["before"] == 1 / MODEL.num_parameters()
 
     def test_compute_metrics(self):
         function = compute_metrics_for(Accuracy())
@@ -319,6 +343,8 @@ class TestStorage:
         attempts = {
             "space": lambda: search(DATA, hf_prune.search_space("medium", MODEL), **options),
             "metric": lambda: search(DATA, metric="loss", **options),
+            "compute_metrics": lambda: search(DATA, compute_metrics=compute_metrics_for(Accuracy()), **options),
+            "greater_is_better": lambda: search(DATA, greater_is_better=False, **options),
             "cost": lambda: search(DATA, cost="macs", **options),
             "data": lambda: search(batches, **options),
             "model": lambda: hf_prune.search_subnetworks(
@@ -623,8 +649,45 @@ class TestStandardNAS:
         with pytest.raises(hf_prune.ConfigError, match="did not evaluate"):
             hf_prune.standard_nas(MODEL, SPACE, make)
         make, _ = self.trainer(tmp_path, steps=2)
-        with pytest.raises(hf_prune.ConfigError, match="Unknown metric 'accuracy'"):
+        with pytest.raises(hf_prune.ConfigError, match="Unknown metric 'accuracy'. .*eval_accuracy"):
             hf_prune.standard_nas(MODEL, SPACE, make, metric="accuracy")
+
+    def test_evaluations_of_something_else(self, tmp_path):
+        make, made = self.trainer(tmp_path, steps=2)
+
+        def several(model):
+            trainer = make(model)
+            trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+            return trainer
+
+        front = hf_prune.standard_nas(MODEL, SPACE, several, metric="eval_a_loss", num_samples=1)
+        (loss,) = [row["eval_a_loss"] for row in made[0].state.log_history if "eval_a_loss" in row]
+        assert [point.error for point in front.evaluated] == [loss]
+
+        def pruning(model):
+            stock = make(model)
+            args = hf_prune.PruningTrainingArguments(**stock.args.to_dict())
+            return hf_prune.PruningTrainer(
+                model, args, train_dataset=stock.train_dataset, eval_dataset=stock.eval_dataset
+            )
+
+        assert len(hf_prune.standard_nas(MODEL, SPACE, pruning, num_samples=1).evaluated) == 1
+
+    def test_all_are_given_up(self, tmp_path):
+        class Prune(optuna.pruners.BasePruner):
+            def prune(self, study, trial):
+                return True
+
+        make, _ = self.trainer(tmp_path, steps=4)
+        with pytest.raises(hf_prune.ConfigError, match="The pruner gave all 2 sub-networks up early"):
+            hf_prune.standard_nas(MODEL, SPACE, make, num_samples=2, pruner=Prune())
+
+    def test_trained_sub_networks_are_not_kept(self, tmp_path):
+        make, _ = self.trainer(tmp_path, steps=2)
+        front = hf_prune.standard_nas(MODEL, SPACE, make, num_samples=1)
+        with pytest.raises(hf_prune.ConfigError, match="were not kept"):
+            front.save_models(tmp_path / "front", MODEL)
+        assert not (tmp_path / "front").exists() and not front.report(0, MODEL).evaluation
 
 
 @pytest.mark.slow
