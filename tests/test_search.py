@@ -482,6 +482,24 @@ search(error, storage=sys.argv[1], method="random")
         found = self.first(self.study(tmp_path / "log"), 5)
         assert found.count(SPACE.largest) == 1
 
+    def test_two_workers_with_the_same_trial(self, tmp_path, monkeypatch):
+        one, two = (self.study(tmp_path / "log", pruner=optuna.pruners.NopPruner()) for _ in range(2))
+        sample = one.ask()
+        two._trials[sample.number] = optuna.Trial(two._study, one._trials[sample.number]._trial_id)
+        one.tell(sample, 0.5, 0.5)
+        finished = two._trials[sample.number]
+        two.report(sample, 1, 0.7, 0.5)
+        two.tell(sample, 0.7, 0.5)
+        assert two.evaluated() == one.evaluated() == [(SPACE.largest, 0.5)]
+        ask = optuna.Study.ask
+
+        def same(study, distributions):
+            monkeypatch.setattr(optuna.Study, "ask", ask)
+            return finished
+
+        monkeypatch.setattr(optuna.Study, "ask", same)
+        assert two.ask().member == SPACE.smallest
+
     def test_a_worker_that_starts_at_the_same_moment(self, tmp_path, monkeypatch):
         trials = optuna.Study.get_trials
 

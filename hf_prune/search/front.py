@@ -236,11 +236,9 @@ class ParetoFront(Sequence[SubNetwork]):
         before, after = self.dense_error, point.error
         if self.facts.get("greater_is_better"):
             before, after = 1 - before, 1 - after
+        # Without the name of the data: the point was chosen by them, and the Hub would rank it by this figure.
         row = {"metric": metric, "before": before, "after": after}
-        if data is not None:
-            row |= {"n": data["samples"]}
-            row |= {key: data[key] for key in ("dataset", "config", "split", "revision") if key in data}
-        return [row]
+        return [row | {"n": data["samples"]} if data is not None else row]
 
     def save_models(
         self, folder: str | os.PathLike[str], model: PreTrainedModel, *, processing_class: Any = None

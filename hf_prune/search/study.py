@@ -7,7 +7,7 @@ import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -190,14 +190,19 @@ class SearchStudy:
         counted = sum(t.state != TrialState.FAIL or "reason" in t.user_attrs for t in trials)
         sampler = self._study.sampler = self._sampler(counted)
         trial = self._study.ask(self._distributions)
+        try:
+            if "member" not in trial.user_attrs:
+                drawn: Member = trial.params
+                if not drawn:
+                    assert isinstance(sampler, _MemberSampler)
+                    drawn = sampler.draw(self._study)
+                trial.set_user_attr("member", list(self.space.fit(drawn).values()))
+            trial.set_user_attr("worker", _worker())  # last: with it the member comes again
+        except (
+            UpdateFinishedTrialError
+        ):  # now and then SQLite gives a trial to two workers, here the other one is done
+            return self.ask()
         self._trials[trial.number] = trial
-        if "member" not in trial.user_attrs:
-            drawn: Member = trial.params
-            if not drawn:
-                assert isinstance(sampler, _MemberSampler)
-                drawn = sampler.draw(self._study)
-            trial.set_user_attr("member", list(self.space.fit(drawn).values()))
-        trial.set_user_attr("worker", _worker())  # last: with it the member comes again
         key = self._key(trial)
         done = (t for t in trials if t.state == TrialState.COMPLETE and self._key(t) == key)
         known = (t.user_attrs["error"] for t in done)
@@ -206,8 +211,9 @@ class SearchStudy:
     def tell(self, sample: Sample, error: float, cost: float) -> None:
         """How good a member is."""
         trial = self._trials.pop(sample.number)
-        trial.set_user_attr("error", error)
-        self._study.tell(trial, self._values(error, cost))
+        with suppress(UpdateFinishedTrialError):  # by another worker that was given it too
+            trial.set_user_attr("error", error)
+            self._study.tell(trial, self._values(error, cost), skip_if_finished=True)
 
     def _values(self, error: float, cost: float) -> list[float]:
         return [error, cost] if self._objectives == 2 else [error + cost]
@@ -215,18 +221,21 @@ class SearchStudy:
     def report(self, sample: Sample, step: int, error: float, cost: float) -> bool:
         """How good a member is so far. Whether it is worth going on."""
         trial = self._trials[sample.number]
-        trial.report(self._values(error, cost)[0], step)
+        with suppress(UpdateFinishedTrialError):
+            trial.report(self._values(error, cost)[0], step)
         return not trial.should_prune()
 
     def stop(self, sample: Sample) -> None:
         """A member was given up early."""
-        self._study.tell(self._trials.pop(sample.number), state=TrialState.PRUNED)
+        self._study.tell(self._trials.pop(sample.number), state=TrialState.PRUNED, skip_if_finished=True)
 
     def fail(self, sample: Sample, reason: str | None) -> None:
         """A member has no finite error, for a reason; without one it was broken off, and comes again."""
-        if reason is not None:
-            self._trials[sample.number].set_user_attr("reason", reason)
-        self._study.tell(self._trials.pop(sample.number), state=TrialState.FAIL)
+        trial = self._trials.pop(sample.number)
+        with suppress(UpdateFinishedTrialError):
+            if reason is not None:
+                trial.set_user_attr("reason", reason)
+            self._study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         if reason is None:
             self._enqueue(sample.member)
 
