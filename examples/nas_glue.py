@@ -21,6 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, HfAr
 
 import hf_prune
 from hf_prune.metrics import Accuracy, compute_metrics_for
+from hf_prune.search.study import check_method
 
 
 @dataclass
@@ -84,6 +85,9 @@ def main() -> None:
         data_args.model, num_labels=len(data["train"].unique("labels"))
     )
     space = hf_prune.search_space(args.search_space, model)
+    # What the search would refuse, before hours of training.
+    check_method(search_args.method, space)
+    hf_prune.search_space(args.search_space, model, budget={"params": search_args.params})
     trainer = hf_prune.SuperNetTrainer(
         model,
         args,
@@ -107,6 +111,11 @@ def main() -> None:
         processing_class=tokenizer,
         batch_size=64,
     )
+    front.save(output)
+    if trainer.is_world_process_zero():
+        print(front)
+        front.plot(output / "front.png")
+
     chosen = front.select({"params": search_args.params})
     small = front.extract(chosen, model)
     accuracies = {}
@@ -114,7 +123,9 @@ def main() -> None:
         # A Trainer of its own, for it may be shrunk. Trained further here, the sub-network would get better still.
         tester = hf_prune.PruningTrainer(
             candidate,
-            hf_prune.PruningTrainingArguments(args.output_dir, per_device_eval_batch_size=64, report_to="none"),
+            hf_prune.PruningTrainingArguments(
+                args.output_dir, per_device_eval_batch_size=64, use_cpu=args.use_cpu, report_to="none"
+            ),
             eval_dataset=data["test"],
             processing_class=tokenizer,
             compute_metrics=compute_metrics_for(Accuracy()),
@@ -132,8 +143,6 @@ def main() -> None:
         }
     ]
     if trainer.is_world_process_zero():
-        front.save(output)
-        front.plot(output / "front.png")
         hf_prune.save_pretrained(
             small,
             output / "model",
@@ -141,7 +150,7 @@ def main() -> None:
             mask=front[chosen].mask,
             report=report,
         )
-        print(front, report, sep="\n\n")
+        print(report)
         print(", ".join(f"{name}: accuracy {value:.4f}" for name, value in accuracies.items()))
         print(f"Saved to {output}.")
 

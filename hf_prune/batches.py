@@ -44,6 +44,11 @@ def read_batches(
     return list(reader.batches(list(islice(iter(data), max_samples)), batch_size))
 
 
+def is_causal_lm(model: PreTrainedModel) -> bool:
+    """Whether a model predicts each token from those before it, so that its labels are its inputs."""
+    return bool(model.can_generate() and not model.config.is_encoder_decoder)
+
+
 def update_digest(digest: "hashlib._Hash", tensors: Mapping[str, torch.Tensor]) -> "hashlib._Hash":
     """Feed a digest with tensors and their names, in the order of the names. It comes back."""
     for name in sorted(tensors):

@@ -18,7 +18,7 @@ from accelerate.utils import reduce, send_to_device
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from .batches import Batch, data_source, read_batches, update_digest
+from .batches import Batch, data_source, is_causal_lm, read_batches, update_digest
 from .errors import CalibrationError, check_whole
 from .gates import LayerCalls, Observer, observe, record_calls
 from .offload import execution_device
@@ -44,7 +44,7 @@ class Calibrator:
         max_length (`int`, *optional*): Truncate text to this many tokens. Defaults to what the tokenizer and the model
             take.
         labels (`bool`, *optional*, defaults to `False`): Keep the labels (column `labels`, or `label`) and require
-            them, for methods that look at the loss.
+            them, for methods that look at the loss. Causal language models make do without: theirs are the input ids.
 
     Attributes:
         samples, tokens (`int`): Examples and real tokens in all, over all processes.
@@ -289,6 +289,9 @@ class Calibrator:
                 f"The calibration data have token ids from {int(ids.min())} to {int(ids.max())}, the vocabulary of "
                 f"the model has {size}: were they made by another model's tokenizer?"
             )
+        if self.labels and "labels" not in usable and ids is not None and is_causal_lm(self.model):
+            real = usable["attention_mask"].bool() if "attention_mask" in usable else torch.ones_like(ids).bool()
+            usable["labels"] = ids.where(real, -100)
         if self.labels and "labels" not in usable and not {"start_positions", "end_positions"} <= set(usable):
             raise CalibrationError("The method needs labels: the calibration data have no column 'labels' or 'label'.")
         if not self.labels and not self._decodes_labels(usable):

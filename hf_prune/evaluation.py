@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import EvalPrediction, PreTrainedModel
 
-from .batches import Batch
+from .batches import Batch, is_causal_lm
 from .calibration import Calibrator
 from .errors import ConfigError, unknown
 from .timing import evaluating
@@ -32,7 +32,7 @@ class Evaluator:
             1 - metric, otherwise the metric.
 
     Raises:
-        ConfigError: The metric is unknown.
+        ConfigError: The metric is unknown, or one of classifiers for a causal language model.
 
     With several processes each runs its share of the batches, and all return the result on all of them.
     """
@@ -48,16 +48,22 @@ class Evaluator:
             raise ConfigError(
                 unknown("metric", metric, METRICS, "For another one pass compute_metrics=, as to Trainer.")
             )
-        self.calibrator, self.metric, self.greater_is_better = calibrator, metric, greater_is_better
+        if compute_metrics is None and metric in _KEYS and is_causal_lm(calibrator.model):
+            raise ConfigError(
+                f"{metric!r} is for classifiers, a {type(calibrator.model).__name__} predicts the next token: choose "
+                "'perplexity' or 'loss', or pass compute_metrics=, as to Trainer."
+            )
+        self.calibrator, self.metric = calibrator, metric
         self.key = metric if compute_metrics is not None else _KEYS.get(metric, metric)
         self.compute_metrics = compute_metrics
         if compute_metrics is None and metric in _KEYS:
             self.compute_metrics = _named(metric)
+        self.greater_is_better = greater_is_better and self.compute_metrics is not None  # loss and perplexity are not
 
     def __call__(self, model: PreTrainedModel) -> float:
         """The error of a model of the calibrator's class, the lower the better. NaN as for [`measure`]."""
         value = self.measure(model)
-        return 1 - value if self.compute_metrics is not None and self.greater_is_better else value
+        return 1 - value if self.greater_is_better else value
 
     def measure(self, model: PreTrainedModel) -> float:
         """The metric of a model of the calibrator's class. NaN where a logit or the loss is NaN or infinite."""
@@ -89,7 +95,7 @@ class Evaluator:
         labels = batch.get("labels")
         if labels is None:
             return loss.item(), len(next(iter(batch.values())))
-        if labels.dim() == 2 and model.can_generate() and not model.config.is_encoder_decoder:
+        if labels.dim() == 2 and is_causal_lm(model):
             labels = labels[:, 1:]  # each token is predicted from those before it
         return loss.item(), int(labels.ne(-100).sum())
 

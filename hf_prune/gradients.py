@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from transformers import PreTrainedModel
 
-from .batches import Batch
+from .batches import Batch, is_causal_lm
 from .calibration import Calibrator, not_finite
 from .errors import CalibrationError
 from .gates import grad_inputs
@@ -118,7 +118,7 @@ def _loss_terms(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
     labels = batch.get("labels")
     if labels is None or labels.dim() < 2:
         return torch.ones(len(next(iter(batch.values()))), 1, dtype=torch.float64, device=model.device)
-    if model.can_generate() and not model.config.is_encoder_decoder:
+    if is_causal_lm(model):
         labels = labels[:, 1:]  # each token is predicted from those before it
     return labels.ne(-100).flatten(1).sum(1, keepdim=True).double()
 

@@ -121,6 +121,11 @@ def search(out: Path) -> None:
     ]
     text = json.dumps([[(point.member, point.error) for point in front.evaluated] for front in fronts])
     (out / f"search-{WHO}").write_text(text)
+    # Every process finds the folders written once it goes on.
+    folders = fronts[0].save_models(out / f"front-{STATE.num_processes}", test_search.MODEL)
+    assert all((folder / "model.safetensors").exists() for folder in folders)
+    fronts[1].save(out / f"front-{STATE.num_processes}")
+    assert list(hf_prune.ParetoFront.load(out / f"front-{STATE.num_processes}")) == list(fronts[1])
 
 
 if __name__ == "__main__":

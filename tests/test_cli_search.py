@@ -1,6 +1,7 @@
 """`hf-prune search`: what it writes, what it prints, and what it refuses."""
 
 import json
+import math
 
 import pytest
 import transformers
@@ -26,7 +27,7 @@ def search(run, dense, valid, tmp_path):  # noqa: F811
 
 
 def test_writes_every_point_of_the_front(search, dense, tmp_path):  # noqa: F811
-    code, out, err = search("--plot", tmp_path / "front.png", "--json")
+    code, out, err = search("--plot", tmp_path / "new" / "front.png", "--json")
     assert code == 0, err
     found = json.loads(out)
     front = hf_prune.ParetoFront.load(tmp_path / "front")
@@ -37,7 +38,7 @@ def test_writes_every_point_of_the_front(search, dense, tmp_path):  # noqa: F811
         assert model.num_parameters() == point["params"] == front[index].costs["params"]
         assert hf_prune.PruningReport.load(point["folder"]).method == "nas"
         assert transformers.AutoTokenizer.from_pretrained(point["folder"]).vocab_size > 10
-    assert (tmp_path / "front.png").exists()
+    assert (tmp_path / "new" / "front.png").exists()
 
 
 def test_goes_on_with_bounds_and_a_budget(search, tmp_path):
@@ -62,6 +63,7 @@ def test_goes_on_with_bounds_and_a_budget(search, tmp_path):
         (["--space", "tiny"], "invalid choice: 'tiny'"),
         (["--samples", "0"], "at least 1"),
         (["--method", "grid"], "invalid choice: 'grid'"),
+        (["--plot", "front.jpeg2"], "must end in .png, .svg, .pdf"),
     ],
 )
 def test_wrong_calls(search, tmp_path, options, message):
@@ -77,6 +79,7 @@ def test_wrong_calls(search, tmp_path, options, message):
         (["--bounds", "num_layers=3:2"], "is empty"),
         (["--budget", "params=0.01"], "nearest feasible budget"),
         (["--storage", "sqlite:////no/such/folder/x.db"], "Can't open the storage"),
+        (["--plot", "/proc/no/such/x.png"], "Can't write /proc/no/such/x.png"),
     ],
 )
 def test_failures(search, tmp_path, options, message):
@@ -94,3 +97,23 @@ def test_text_without_labels(run, dense, tmp_path):  # noqa: F811
 def test_over_the_model_itself(search, dense):  # noqa: F811
     code, _, err = search(output=dense)
     assert code == 2 and "is the model that is searched" in err
+
+
+def test_texts_for_a_language_model(run, tmp_path):
+    model = save_tiny(tmp_path / "llama", "llama")
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    call = ["search", model, "--dataset", tmp_path / "texts.txt", "--output", tmp_path / "front", "--samples", 3]
+    code, _, err = run(*call)
+    assert code == 1 and "'accuracy' is for classifiers" in err
+    code, out, err = run(*call, "--metric", "perplexity", "--json")
+    assert code == 0, err
+    causal = transformers.AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    whole = hf_prune.ParetoFront.load(tmp_path / "front").dense_error
+    loss, count = 0.0, 0
+    for text in TEXTS:
+        batch = tokenizer(text, return_tensors="pt", return_token_type_ids=False)
+        length = batch["input_ids"].shape[1] - 1
+        loss += causal(**batch, labels=batch["input_ids"]).loss.item() * length
+        count += length
+    assert whole == pytest.approx(math.exp(loss / count), rel=1e-4)

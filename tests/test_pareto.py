@@ -227,3 +227,16 @@ class TestModels:
             assert report.after == front[index].costs and report.facts["error"] == front[index].error
             assert hf_prune.PruningMask.load(folder) == front[index].mask
         assert list(ParetoFront.load(tmp_path / "front")) == list(front)
+        # A smaller one takes its place.
+        (tmp_path / "front" / "02" / "pruning_report.json").unlink()  # somebody else's folder
+        smaller = make_front(model, [0.5], [front[0].member], facts={"metric": "accuracy"})
+        assert smaller.save_models(tmp_path / "front", model) == folders[:1]
+        assert sorted(path.name for path in (tmp_path / "front").iterdir()) == ["00", "02", FRONT_FILE]
+
+    def test_cards_tell_the_quality(self, model, tmp_path):
+        space = hf_prune.search_space("small", model)
+        front = hf_prune.search_subnetworks(model, space, [tiny_batch("bert", 8, labels=True)], num_samples=3)
+        for index, folder in enumerate(front.save_models(tmp_path, model)):
+            card = (folder / "README.md").read_text()
+            assert f"accuracy {1 - front.dense_error:.4f} → {1 - front[index].error:.4f} (n = 8)" in card
+            assert "Its quality was not measured" not in card

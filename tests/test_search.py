@@ -1,9 +1,11 @@
 """The search: what it finds, what it keeps, and what it refuses."""
 
+import datetime
 import logging
 import math
 import os
 import reprlib
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -102,6 +104,9 @@ class TestSearch:
         assert front.select({"latency": front[0].costs["latency"] / front.dense["latency"]}) == 0
         milliseconds = [point.costs["latency"] for point in front]
         assert milliseconds == sorted(milliseconds) and "latency" in front.table()
+        report = front.report(0, MODEL)
+        assert report.latency["before"] is None and report.latency["where"] and report.latency["table"]
+        assert report.after["latency"] == milliseconds[0]
 
     def test_duplicates_are_not_evaluated_again(self):
         calls = Counter()
@@ -114,6 +119,20 @@ class TestSearch:
         front = search(error, space, method="random", num_samples=20)
         assert space.size == 4 and len(front.evaluated) <= 4
         assert sum(calls.values()) == len(front.evaluated)
+
+    def test_members_with_the_same_mask_are_evaluated_once(self):
+        space = hf_prune.search_space("layer", MODEL)
+        empty = dict.fromkeys(space.parameters, 0)
+        assert space.mask(empty) == space.mask(space.smallest) and empty != space.smallest
+        calls = Counter()
+
+        def error(model):
+            calls[model.num_parameters()] += 1
+            return size_error(model)
+
+        front = search(error, space, method="random", num_samples=60)
+        masks = [point.mask for point in front.evaluated]
+        assert sum(calls.values()) == len(masks) == sum(mask == other for mask in masks for other in masks)
 
     def test_local_search_changes_one_number_of_a_point_of_the_front(self):
         front = search(method="local", num_samples=12, seed=3)
@@ -167,6 +186,27 @@ class TestErrors:
         for index, point in enumerate(front):
             (value,) = reference(front.extract(index, MODEL), metric).values()
             assert point.error == pytest.approx(1 - value)
+
+    @pytest.mark.parametrize("bounds", [{}, {"num_layers": (1, 2)}])
+    def test_reports_tell_the_quality(self, bounds, tmp_path):
+        space = hf_prune.search_space("small", MODEL, bounds=bounds)
+        front = search(DATA, space, num_samples=5)
+        (dense,) = reference(MODEL, Accuracy()).values()
+        assert front.dense_error == pytest.approx(1 - dense)
+        front.save(tmp_path)
+        loaded = hf_prune.ParetoFront.load(tmp_path)
+        for index, point in enumerate(front):
+            (row,) = loaded.report(index, MODEL).evaluation
+            assert row == {"metric": "accuracy", "n": 24} | {
+                "before": pytest.approx(dense),
+                "after": pytest.approx(1 - point.error),
+            }
+        assert front.plot(tmp_path / "front.png").axes[0].lines[-1].get_xydata().tolist() == [[1.0, front.dense_error]]
+        (row,) = search(DATA, space, metric="loss", num_samples=3).report(0, MODEL).evaluation
+        calibrator = hf_prune.Calibrator(MODEL, DATA, labels=True)
+        assert row["metric"] == "loss" and row["before"] == pytest.approx(Evaluator(calibrator, "loss")(MODEL))
+        (row,) = search(size_error, space, num_samples=3).report(0, MODEL).evaluation
+        assert row["metric"] == "error" and row["before"] == 1 / MODEL.num_parameters()
 
     def test_compute_metrics(self):
         function = compute_metrics_for(Accuracy())
@@ -303,6 +343,8 @@ class TestStorage:
         attempts = {
             "space": lambda: search(DATA, hf_prune.search_space("medium", MODEL), **options),
             "metric": lambda: search(DATA, metric="loss", **options),
+            "compute_metrics": lambda: search(DATA, compute_metrics=compute_metrics_for(Accuracy()), **options),
+            "greater_is_better": lambda: search(DATA, greater_is_better=False, **options),
             "cost": lambda: search(DATA, cost="macs", **options),
             "data": lambda: search(batches, **options),
             "model": lambda: hf_prune.search_subnetworks(
@@ -393,6 +435,128 @@ search(error, storage=sys.argv[1], method="random")
         assert len(calls) == 4  # of 8, with the one that was lost
         assert members(front) == members(search(method="random"))
         assert "RUNNING" not in [trial.state.name for trial in journal(tmp_path / "log").trials]
+
+    def study(self, storage, **options):
+        options = {"method": "random", "seed": 0, "name": "x", **options}
+        return SearchStudy(SPACE, {"space": SPACE.describe()}, storage=storage, **options)
+
+    def first(self, study, count=4):
+        """The members that a study asks for, each told at once."""
+        samples = []
+        for _ in range(count):
+            samples.append(study.ask())
+            study.tell(samples[-1], 0.5, 0.5)
+        return [sample.member for sample in samples]
+
+    def test_a_worker_killed_before_its_mark(self, tmp_path):
+        lost = self.study(tmp_path / "log")
+        lost._study.ask(lost._distributions)
+        assert SPACE.largest in self.first(self.study(tmp_path / "log"))
+        trial = lost._study.trials[0]
+        assert trial.state.name == "RUNNING"  # it may still be between the two
+        trial.datetime_start -= datetime.timedelta(minutes=2)
+        assert not hf_prune.search.study._is_alive(trial)
+
+    @pytest.mark.parametrize("shift", [100, -100])
+    def test_another_process_of_the_same_number(self, tmp_path, shift):
+        before = self.study(tmp_path / "log")
+        sample = before.ask()
+        assert before._study.trials[0].user_attrs["worker"][:2] == [socket.gethostname(), os.getpid()]
+        alive = self.study(tmp_path / "log")
+        assert SPACE.largest not in self.first(alive, 1)  # the worker is this process
+        host, process, start = before._study.trials[0].user_attrs["worker"]
+        before._trials[sample.number].set_user_attr("worker", (host, process, start + shift))
+        assert SPACE.largest in self.first(self.study(tmp_path / "log"))
+
+    def test_two_workers_give_the_same_trial_back(self, tmp_path, monkeypatch):
+        lost = self.study(tmp_path / "log")
+        lost._trials[lost.ask().number].set_user_attr("worker", (socket.gethostname(), 2**22 + 1, 0.0))
+        tell = optuna.Study.tell
+
+        def late(study, number, **options):  # the other one is faster
+            monkeypatch.setattr(optuna.Study, "tell", tell)
+            self.study(tmp_path / "log")
+            return tell(study, number, **options)
+
+        monkeypatch.setattr(optuna.Study, "tell", late)
+        found = self.first(self.study(tmp_path / "log"), 5)
+        assert found.count(SPACE.largest) == 1
+
+    def test_two_workers_with_the_same_trial(self, tmp_path, monkeypatch):
+        one, two = (self.study(tmp_path / "log", pruner=optuna.pruners.NopPruner()) for _ in range(2))
+        sample = one.ask()
+        two._trials[sample.number] = optuna.Trial(two._study, one._trials[sample.number]._trial_id)
+        one.tell(sample, 0.5, 0.5)
+        finished = two._trials[sample.number]
+        two.report(sample, 1, 0.7, 0.5)
+        two.tell(sample, 0.7, 0.5)
+        assert two.evaluated() == one.evaluated() == [(SPACE.largest, 0.5)]
+        ask = optuna.Study.ask
+
+        def same(study, distributions):
+            monkeypatch.setattr(optuna.Study, "ask", ask)
+            return finished
+
+        monkeypatch.setattr(optuna.Study, "ask", same)
+        assert two.ask().member == SPACE.smallest
+
+    def test_a_worker_that_starts_at_the_same_moment(self, tmp_path, monkeypatch):
+        trials = optuna.Study.get_trials
+
+        def late(study, **options):  # another one creates the study between two reads of this one
+            monkeypatch.setattr(optuna.Study, "get_trials", trials)
+            self.study(tmp_path / "log")
+            return trials(study, **options)
+
+        monkeypatch.setattr(optuna.Study, "get_trials", late)
+        assert self.first(self.study(tmp_path / "log"), 3) == [SPACE.largest, SPACE.smallest, SPACE.middle]
+
+    @pytest.mark.parametrize("cut", [1, 20])
+    def test_a_journal_that_was_cut(self, tmp_path, caplog, cut):
+        path = tmp_path / "log"
+        self.first(self.study(path))
+        path.write_bytes(path.read_bytes()[:-cut])
+        logging.getLogger("hf_prune").propagate = True
+        with caplog.at_level(logging.WARNING):
+            assert len(self.study(path)) == 3  # the last one was not told
+        assert "The last line of" in caplog.text
+        self.first(self.study(path), 2)
+        caplog.clear()
+        assert len(self.study(path)) == 5 and "incomplete" not in caplog.text
+
+    @pytest.mark.parametrize("kind", ["sqlite", "journal"])
+    def test_workers_at_the_same_time(self, tmp_path, kind):
+        script = """
+import os, sys, time
+import hf_prune.search.study
+from test_search import search, size_error
+open(sys.argv[2] + f"/ready-{os.getpid()}", "w").close()
+while len([name for name in os.listdir(sys.argv[2]) if name.startswith("ready")]) < 2:
+    time.sleep(0.01)
+front = search(size_error, storage=sys.argv[1], method="random", num_samples=12, seed=int(sys.argv[3]))
+print(len(front.evaluated))
+"""
+        storage = f"sqlite:///{tmp_path}/search.db" if kind == "sqlite" else str(tmp_path / "log")
+        here = Path(__file__).parent
+        env = {**os.environ, "PYTHONPATH": f"{here}:{here.parent}"}
+        workers = [
+            subprocess.Popen(
+                [sys.executable, "-c", script, storage, tmp_path, str(seed)],
+                env=env,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for seed in (1, 2)
+        ]
+        for worker in workers:
+            _, errors = worker.communicate(timeout=600)
+            assert worker.returncode == 0, errors[-3000:]
+        calls = []
+        front = search(lambda model: calls.append(1) or size_error(model), storage=storage, num_samples=12)
+        assert not calls and {tuple(m.values()) for m in members(front)} >= {
+            tuple(m.values()) for m in (SPACE.largest, SPACE.smallest, SPACE.middle)
+        }
 
     def test_workers_share_a_study(self, tmp_path):
         identity = {"space": SPACE.describe()}
@@ -503,8 +667,45 @@ class TestStandardNAS:
         with pytest.raises(hf_prune.ConfigError, match="did not evaluate"):
             hf_prune.standard_nas(MODEL, SPACE, make)
         make, _ = self.trainer(tmp_path, steps=2)
-        with pytest.raises(hf_prune.ConfigError, match="Unknown metric 'accuracy'"):
+        with pytest.raises(hf_prune.ConfigError, match="Unknown metric 'accuracy'. .*eval_accuracy"):
             hf_prune.standard_nas(MODEL, SPACE, make, metric="accuracy")
+
+    def test_evaluations_of_something_else(self, tmp_path):
+        make, made = self.trainer(tmp_path, steps=2)
+
+        def several(model):
+            trainer = make(model)
+            trainer.eval_dataset = {"a": trainer.eval_dataset, "b": trainer.eval_dataset}
+            return trainer
+
+        front = hf_prune.standard_nas(MODEL, SPACE, several, metric="eval_a_loss", num_samples=1)
+        (loss,) = [row["eval_a_loss"] for row in made[0].state.log_history if "eval_a_loss" in row]
+        assert [point.error for point in front.evaluated] == [loss]
+
+        def pruning(model):
+            stock = make(model)
+            args = hf_prune.PruningTrainingArguments(**stock.args.to_dict())
+            return hf_prune.PruningTrainer(
+                model, args, train_dataset=stock.train_dataset, eval_dataset=stock.eval_dataset
+            )
+
+        assert len(hf_prune.standard_nas(MODEL, SPACE, pruning, num_samples=1).evaluated) == 1
+
+    def test_all_are_given_up(self, tmp_path):
+        class Prune(optuna.pruners.BasePruner):
+            def prune(self, study, trial):
+                return True
+
+        make, _ = self.trainer(tmp_path, steps=4)
+        with pytest.raises(hf_prune.ConfigError, match="The pruner gave all 2 sub-networks up early"):
+            hf_prune.standard_nas(MODEL, SPACE, make, num_samples=2, pruner=Prune())
+
+    def test_trained_sub_networks_are_not_kept(self, tmp_path):
+        make, _ = self.trainer(tmp_path, steps=2)
+        front = hf_prune.standard_nas(MODEL, SPACE, make, num_samples=1)
+        with pytest.raises(hf_prune.ConfigError, match="were not kept"):
+            front.save_models(tmp_path / "front", MODEL)
+        assert not (tmp_path / "front").exists() and not front.report(0, MODEL).evaluation
 
 
 @pytest.mark.slow
@@ -521,3 +722,18 @@ def test_the_example(reader):
     model = AutoModelForSequenceClassification.from_pretrained("out/model")
     assert model.num_parameters() == front[front.select({"params": 0.7})].costs["params"]
     assert Path("out/front.png").exists() and hf_prune.PruningReport.load("out/model").method == "nas"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [("--params 0.01", "nearest feasible budget"), ("--method grid", "Unknown search method 'grid'")],
+)
+def test_the_example_refuses_before_training(reader, options, message):
+    options += " --model bert-sst2 --train_file train.jsonl --test_file train.jsonl --text_column text"
+    options += " --output_dir out --report_to none"
+    root = Path(__file__).parents[1]
+    command = [sys.executable, root / "examples" / "nas_glue.py", *options.split()]
+    env = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 1 and message in done.stderr and not Path("out/supernet").exists()

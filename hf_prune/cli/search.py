@@ -7,10 +7,11 @@ from typing import Any
 from .. import evaluation
 from ..costs import METRICS
 from ..errors import ConfigError, PruningError
+from ..processes import process_state
 from ..search.spaces import known_spaces, search_space
 from .arguments import add_device, add_model, count, limit, setting
 from .data import add_data, read_examples, reading
-from .loading import check_device, load_model, load_processor, resolve
+from .loading import check_device, load_model, load_processor, resolve, trying
 
 _DESCRIPTION = """\
 Search a super-network for the sub-networks with the best trade-offs between error
@@ -26,9 +27,11 @@ examples:
       --budget params=0.7 --cost macs --method local --samples 200 \\
       --dataset valid.tsv --output ./front --plot front.png
 
-The table is Markdown. The data need a column `label` or `labels`. A search with
---storage goes on where it was broken off, and several may share it.
+The table is Markdown. The data need a column `label` or `labels`; for the
+perplexity of a causal language model texts will do. A search with --storage goes
+on where it was broken off, and several may share it.
 """
+_PLOTS = (".png", ".svg", ".pdf")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,10 +105,16 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         args.error(f"--output {output} is a file: give a folder")
     if output.resolve() == Path(name).resolve():
         args.error(f"--output {output} is the model that is searched: give another folder")
+    plot = Path(args.plot).expanduser() if args.plot else None
+    if plot is not None and plot.suffix not in _PLOTS:
+        args.error(f"--plot {plot} must end in {', '.join(_PLOTS)}")
     data = read_examples(args)
     model = load_model(name, args.task, device=device)
     processor = load_processor(name)
     space = search_space(args.space, model, bounds=bounds, budget=dict(args.budget) if args.budget else None)
+    if plot is not None:  # now: a search is long
+        with trying(f"write {plot}"):
+            plot.parent.mkdir(parents=True, exist_ok=True)
     front = search_subnetworks(
         model,
         space,
@@ -122,8 +131,8 @@ def run(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         **reading(args),
     )
     folders = front.save_models(output, model, processing_class=processor)
-    if args.plot:
-        front.plot(args.plot)
+    if plot is not None and process_state().is_main_process:
+        front.plot(plot)
     points = [
         {"folder": str(folder), "error": point.error, **point.costs}
         for folder, point in zip(folders, front, strict=True)

@@ -228,7 +228,10 @@ class SearchSpace(ABC):
 
     @property
     def size(self) -> int:
-        """How many members there are, with a budget at most. Several may have the same mask."""
+        """How many members there are; at most, where there is a budget: those that it rules out are not counted off.
+
+        Several may have the same mask.
+        """
         return math.prod(len(values) for values in self.parameters.values())
 
     def __iter__(self) -> Iterator[Member]:

@@ -62,8 +62,9 @@ def search_subnetworks(
     Args:
         model (`PreTrainedModel`): The super-network. It stays as it is.
         space ([`SearchSpace`]): Which sub-networks there are, made for this model.
-        data: Labelled validation examples as for [`Calibrator`], or a [`Calibrator`] with labels; or a function that
-            is given a sub-network and returns its error: the lower the better.
+        data: Labelled validation examples as for [`Calibrator`], for causal language models also texts alone, or a
+            [`Calibrator`] with labels; or a function that is given a sub-network and returns its error: the lower the
+            better.
         metric (`str`, *optional*, defaults to `"accuracy"`): `"accuracy"`, `"f1"`, `"matthews"` or `"spearman"`, of
             which the error is 1 - metric; `"loss"` or `"perplexity"` (language models), which are the error; or a key
             of what `compute_metrics` returns.
@@ -92,12 +93,13 @@ def search_subnetworks(
 
     Raises:
         ConfigError: An option is wrong; the space is for another model; the study in the storage was begun with
-            another space, model, metric, cost or other data.
+            another space, model, metric (its `compute_metrics` and `greater_is_better` too), cost or other data.
         CalibrationError: The data are malformed, or no sub-network has a finite error.
         UnsupportedModelError: The model can't be pruned.
 
-    A sub-network whose error is NaN or infinite is left out, with a warning that names it. Under torchrun or
-    `accelerate launch` all processes evaluate each sub-network together, on their shares of the data.
+    A sub-network whose error is NaN or infinite is left out, with a warning that names it. The whole model is
+    evaluated to compare with, even where bounds or a budget leave it out. Under torchrun or `accelerate launch` all
+    processes evaluate each sub-network together, on their shares of the data.
 
     Examples:
         ```python
@@ -126,21 +128,31 @@ def search_subnetworks(
     table = table if table is not None else _cost_table(model, cost, calibrator)
     if not table.of()[cost]:
         raise ConfigError("A search for latency needs a table of it: CostTable(model, latency=latency_table(model)).")
+    known = isinstance(error_of, Evaluator)
     identity = {
         "space": space.describe(),
-        "metric": metric if calibrator is not None else "of a function",
+        "metric": metric if known else "of a function",
+        "compute_metrics": _name(compute_metrics) if known and compute_metrics is not None else None,
+        "greater_is_better": known and error_of.greater_is_better,
         "cost": cost,
         "model": fingerprint(model),
         "data": calibrator.describe() if calibrator is not None else None,
     }
 
-    def evaluate(sample: Sample, mask: PruningMask) -> float:
+    def evaluate(_: Sample | None, mask: PruningMask) -> float:
         small = subnetwork(model, mask, space.units)
         with evaluating(small):
             return float(error_of(small))
 
     options = {"method": method, "seed": seed, "storage": storage, "name": study_name}
-    return Search(space, table, cost, identity, num_samples, options).run(evaluate)
+    search = Search(space, table, cost, identity, num_samples, options)
+    whole = PruningMask({}, space.units)
+    # Where bounds or a budget leave the whole model out.
+    dense = evaluate(None, whole) if space.mask(space.largest) != whole else math.nan
+    front = search.run(evaluate)
+    if math.isfinite(dense):
+        front.facts["dense_error"] = dense
+    return front
 
 
 class Search:
@@ -153,6 +165,7 @@ class Search:
         identity (`dict`): What must stay the same in a study.
         num_samples (`int`): Sub-networks to draw in all.
         options (`dict`): For [`SearchStudy`].
+        trained (`bool`, *optional*, defaults to `False`): Whether sub-networks are trained before they are evaluated.
     """
 
     study: SearchStudy  # in the main process alone
@@ -165,11 +178,12 @@ class Search:
         identity: dict[str, Any],
         num_samples: int,
         options: dict[str, Any],
+        trained: bool = False,
     ) -> None:
         check_whole(1, num_samples=num_samples)
         space.mask(space.largest).check(table.units)
         self.space, self.table, self.cost, self.dense = space, table, cost, table.of()
-        self.identity, self.num_samples, self.options = identity, num_samples, options
+        self.identity, self.num_samples, self.options, self.trained = identity, num_samples, options, trained
 
     def run(self, evaluate: Callable[[Sample, PruningMask], float | None]) -> ParetoFront:
         """Search with a function that returns the error of a sub-network, or `None` if it was given up early."""
@@ -182,8 +196,13 @@ class Search:
                 while (sample := from_main_process(self._next)) is not None:
                     self._evaluate(sample, evaluate)
                     bar.update()
-            evaluated = from_main_process(lambda: self.study.evaluated())
+            evaluated, given_up = from_main_process(lambda: (self.study.evaluated(), self.study.given_up()))
         if not evaluated:
+            if given_up:
+                raise ConfigError(
+                    f"The pruner gave all {given_up} sub-networks up early: let it wait for more evaluations, or pass "
+                    "pruner=optuna.pruners.NopPruner() and another study_name."
+                )
             raise CalibrationError(
                 f"None of {self.num_samples} sub-networks has a finite error: check the metric and the weights."
             )
@@ -193,6 +212,10 @@ class Search:
             points.append(SubNetwork(member, error, self.table.of(mask).to_dict(), mask))
         facts = {**self.identity, "samples": self.num_samples, "search": self.options["method"]}
         facts["seed"] = self.options["seed"]
+        if self.trained:
+            facts["trained"] = True
+        if self.table.latency is not None:
+            facts["latency"] = {"where": self.table.latency.where, "table": str(self.table.latency).splitlines()}
         return ParetoFront(points, self.dense.to_dict(), cost=self.cost, lengths=self.table.lengths, facts=facts)
 
     def _open(self) -> int:
@@ -228,6 +251,10 @@ class Search:
 def fingerprint(model: PreTrainedModel) -> str:
     """SHA-256 of the weights."""
     return update_digest(hashlib.sha256(), model.state_dict()).hexdigest()
+
+
+def _name(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__name__))
 
 
 def _labelled(model: PreTrainedModel, data: Any, **options: Any) -> Calibrator:

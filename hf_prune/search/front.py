@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import TYPE_CHECKING, Any, overload
 from transformers import PreTrainedModel
 
 from ..costs import METRICS, Costs, Metric
-from ..errors import InfeasibleBudgetError, PruningError, SaveError
+from ..errors import ConfigError, InfeasibleBudgetError, PruningError, SaveError
 from ..hub import save_pretrained
 from ..masks import PruningMask
 from ..plots import plot_front
-from ..report import PruningReport, package_versions, unit_rows
+from ..report import REPORT_FILE, PruningReport, package_versions, unit_rows
 from ..selection import resolve_budget
 from ..surgery import shrunk_copy
 from ..units import KINDS, prunable_units
@@ -115,6 +116,12 @@ class ParetoFront(Sequence[SubNetwork]):
     def _objectives(self, points: Sequence[SubNetwork]) -> list[tuple[float, float]]:
         return [(point.costs[self.cost] / self.dense[self.cost], point.error) for point in points]
 
+    @property
+    def dense_error(self) -> float | None:
+        """The error of the whole model. `None` where it was not evaluated, or is not finite."""
+        whole = [point.error for point in self.evaluated if point.costs[self.cost] == self.dense[self.cost]]
+        return min(whole, default=self.facts.get("dense_error"))
+
     # Looking at it
 
     def table(self) -> str:
@@ -139,7 +146,7 @@ class ParetoFront(Sequence[SubNetwork]):
     def plot(
         self, path: str | os.PathLike[str], baselines: Mapping[str, tuple[float, float]] | None = None
     ) -> "Figure":
-        """Draw error against cost: all evaluated sub-networks, the front, and the whole model if it is among them.
+        """Draw error against cost: all evaluated sub-networks, the front, and the whole model if its error is known.
 
         Args:
             path (`str` or path): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
@@ -147,9 +154,8 @@ class ParetoFront(Sequence[SubNetwork]):
                 ratio to that of the whole model, and their error.
         """
         marked = dict(baselines or {})
-        whole = [point for point in self.evaluated if point.costs[self.cost] == self.dense[self.cost]]
-        if whole:
-            marked = {"dense": (1.0, min(point.error for point in whole)), **marked}
+        if self.dense_error is not None:
+            marked = {"dense": (1.0, self.dense_error), **marked}
         return plot_front(self._objectives(self.evaluated), self._objectives(self), path, marked, self.cost)
 
     def hypervolume(self, reference: tuple[float, float] = (2.0, 2.0)) -> float:
@@ -200,11 +206,15 @@ class ParetoFront(Sequence[SubNetwork]):
         return shrunk_copy(model, self._mask(index))
 
     def report(self, index: int, model: PreTrainedModel) -> PruningReport:
-        """What a point is, and how it was found."""
-        units, point = prunable_units(model), self[index]
+        """What a point is, how it was found, and its quality next to the whole model's on the data of the search.
+
+        Latency, where the search counted it, is a sum of measured blocks: that of the point was not measured.
+        """
+        units, point, facts = prunable_units(model), self[index], dict(self.facts)
+        latency = facts.pop("latency", None)
         return PruningReport(
             method="nas",
-            config={"method": "nas", **self.facts},
+            config={"method": "nas", **facts},
             model_class=type(model).__name__,
             model_type=units.model_type,
             before=self.dense,
@@ -212,9 +222,23 @@ class ParetoFront(Sequence[SubNetwork]):
             sequence_lengths=self.lengths,
             units=unit_rows(units, self._mask(index)),
             facts={"error": point.error, "evaluated": len(self.evaluated)},
+            evaluation=self._evaluation(point),
+            latency=latency and {"before": None, "after": None, "multiple_of": 1, **latency},
             papers=[asdict(PAPER)],
             packages=package_versions("optuna"),
         )
+
+    def _evaluation(self, point: SubNetwork) -> list[dict[str, Any]]:
+        if self.dense_error is None or "metric" not in self.facts or self.facts.get("trained"):
+            return []
+        data = self.facts.get("data")
+        metric = self.facts["metric"] if data is not None else "error"
+        before, after = self.dense_error, point.error
+        if self.facts.get("greater_is_better"):
+            before, after = 1 - before, 1 - after
+        # Without the name of the data: the point was chosen by them, and the Hub would rank it by this figure.
+        row = {"metric": metric, "before": before, "after": after}
+        return [row | {"n": data["samples"]} if data is not None else row]
 
     def save_models(
         self, folder: str | os.PathLike[str], model: PreTrainedModel, *, processing_class: Any = None
@@ -230,20 +254,38 @@ class ParetoFront(Sequence[SubNetwork]):
             `list[Path]`: The folders.
 
         Raises:
+            ConfigError: The front is of [`standard_nas`], whose trained sub-networks were not kept.
             SaveError: One can't be written, or did not reload to the same function.
+
+        Points of a larger front that was written here before are removed. With several processes call it in all: the
+        main one writes, the others wait.
         """
-        folders = []
-        for index in range(len(self)):
-            folders.append(Path(folder) / f"{index:02d}")
+        if self.facts.get("trained"):
+            raise ConfigError(
+                "The errors of this front are those of trained sub-networks, which were not kept. Train the ones that "
+                "you want again, front.extract(index, model), and save them; front.save(folder) writes the front."
+            )
+        return from_main_process(lambda: self._write_models(Path(folder), model, processing_class))
+
+    def _write_models(self, folder: Path, model: PreTrainedModel, processing_class: Any) -> list[Path]:
+        try:
+            before = len(ParetoFront.load(folder))
+        except PruningError:
+            before = 0
+        folders = [folder / f"{index:02d}" for index in range(max(before, len(self)))]
+        for index, target in enumerate(folders[: len(self)]):
             save_pretrained(
                 self.extract(index, model),
-                folders[-1],
+                target,
                 processing_class=processing_class,
                 mask=self._mask(index),
                 report=self.report(index, model),
             )
-        self.save(folder)
-        return folders
+        for old in folders[len(self) :]:
+            if (old / REPORT_FILE).exists():  # a point, and nothing of somebody else's
+                shutil.rmtree(old)
+        self._write(folder)
+        return folders[: len(self)]
 
     def _mask(self, index: int) -> PruningMask:
         mask = self[index].mask
@@ -255,9 +297,14 @@ class ParetoFront(Sequence[SubNetwork]):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write to `pareto_front.json` in a folder, which is made if need be; the file is there whole or not at all.
 
+        With several processes call it in all: the main one writes, the others wait.
+
         Raises:
             SaveError: It can't be written.
         """
+        from_main_process(lambda: self._write(Path(folder)))
+
+    def _write(self, folder: Path) -> None:
         front = {id(point) for point in self}
         points = [
             {
@@ -277,7 +324,7 @@ class ParetoFront(Sequence[SubNetwork]):
             "parameters": list(self.evaluated[0].member),
             "points": points,
         }
-        path = Path(folder) / FRONT_FILE
+        path = folder / FRONT_FILE
         part = path.with_name(f".{FRONT_FILE}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

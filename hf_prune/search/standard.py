@@ -58,7 +58,7 @@ def standard_nas(
 
     Returns:
         [`ParetoFront`]: Of the sub-networks that were trained to the end. Its errors are those after training;
-        `extract` gives a sub-network as it was before.
+        `extract` gives a sub-network as it was before, to be trained again, and `save_models` refuses.
 
     Raises:
         ConfigError: An option is wrong; the trainer does not evaluate, or has no such metric; the study in the storage
@@ -75,9 +75,16 @@ def standard_nas(
     if cost not in METRICS:
         raise ConfigError(unknown("cost", cost, METRICS))
     pruner = pruner if pruner is not None else SuccessiveHalvingPruner(min_resource=1, reduction_factor=3)
-    identity = {"space": space.describe(), "metric": metric, "cost": cost, "model": fingerprint(model)}
+    identity = {
+        "space": space.describe(),
+        "metric": metric,
+        "greater_is_better": greater_is_better,
+        "cost": cost,
+        "model": fingerprint(model),
+    }
     options = {"method": method, "seed": seed, "storage": storage, "name": study_name, "pruner": pruner}
-    search = Search(space, table if table is not None else CostTable(model), cost, identity, num_samples, options)
+    table = table if table is not None else CostTable(model)
+    search = Search(space, table, cost, identity, num_samples, options, trained=True)
 
     def train(sample: Sample, mask: PruningMask) -> float | None:
         run = trainer(shrunk_copy(model, mask))
@@ -85,6 +92,10 @@ def standard_nas(
         run.add_callback(watch)
         run.train()
         if watch.error is None:
+            if watch.others:
+                raise ConfigError(
+                    unknown("metric", metric, watch.others, "These are what the trainer's evaluations return.")
+                )
             raise ConfigError("The trainer did not evaluate: give its arguments an eval_strategy, such as 'epoch'.")
         return None if watch.stopped else watch.error
 
@@ -98,11 +109,13 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self.search, self.sample, self.cost = search, sample, cost
         self.metric, self.greater_is_better = metric, greater_is_better
         self.error: float | None = None
+        self.others: set[str] = set()  # metrics of evaluations without the one that counts
         self.evaluations, self.stopped = 0, False
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any) -> None:
-        if self.metric not in metrics:
-            raise ConfigError(unknown("metric", self.metric, metrics))
+        if self.metric not in metrics:  # of the dense model, or of another one of several data sets
+            self.others |= set(metrics)
+            return
         value = metrics[self.metric]
         self.error = 1 - value if self.greater_is_better else value
         self.evaluations += 1
