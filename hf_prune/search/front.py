@@ -15,6 +15,7 @@ from ..errors import ConfigError, InfeasibleBudgetError, PruningError, SaveError
 from ..hub import save_pretrained
 from ..masks import PruningMask
 from ..plots import plot_front
+from ..processes import from_main_process
 from ..report import REPORT_FILE, PruningReport, package_versions, unit_rows
 from ..selection import resolve_budget
 from ..surgery import shrunk_copy
