@@ -30,14 +30,8 @@ def test_a_classifier(tmp_path, monkeypatch, capsys):
     tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"sentence": "good film" if i % 2 else "bad film", "label": i % 2} for i in range(16)]
     (tmp_path / "rows.json").write_text("\n".join(map(json.dumps, rows)))
-    data = [
-        "--model",
-        tmp_path / "model",
-        "--train_file",
-        tmp_path / "rows.json",
-        "--test_file",
-        tmp_path / "rows.json",
-    ]
+    files = {"--model": "model", "--train_file": "rows.json", "--test_file": "rows.json"}
+    data = [part for name, file in files.items() for part in (name, tmp_path / file)]
     run(monkeypatch, "pass_glue.py", tmp_path / "out", *data, "--num_heads", 5)
     assert heads(T.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")) == 5
     printed = capsys.readouterr().out

@@ -70,6 +70,7 @@ class PruningTrainer(DistillingTrainer):
     its shapes; [`~PruningTrainer.pruned_model`] is a shrunk copy.
 
     Args:
+        model (`PreTrainedModel`, *optional*): The model, unless `model_init` makes it.
         args ([`PruningTrainingArguments`]): Its arguments.
         teacher_model (`PreTrainedModel`, *optional*): Where `args.distillation_weight` is above 0, whose logits the
             model learns. Defaults to a copy of the dense model as it is now, or at the first trial of a
