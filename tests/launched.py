@@ -70,14 +70,13 @@ def one_shot(out: Path) -> None:
 
 
 def gates(out: Path) -> None:
-    for name, accumulate in (("bert", 1), ("bert", 2), ("llama", 2)):
+    for name, accumulate in (("bert", 1), ("bert", 2), ("llama", 2), ("bart", 2)):
         options = {"eval_strategy": "steps", "eval_steps": 4} if accumulate == 1 else {}
         trainer = test_trainers.make_trainer(
             name,
             out / "run",
             tiny_model(name, **test_trainers.NO_DROPOUT),
             gradient_accumulation_steps=accumulate,
-            average_tokens_across_devices=name != "bert",  # Trainer would double the loss of a BERT, a mean already
             concentrate=accumulate > 1,
             reopen=accumulate > 1,
             **options,
@@ -89,12 +88,15 @@ def gates(out: Path) -> None:
         trainer.train()
         assert trainer.args.world_size == STATE.num_processes
         mask = trainer.pruning_mask().to_dict()
-        torch.save((values, mask, trainer.model.state_dict()), out / f"gates-{name}-{accumulate}-{WHO}")
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        losses.append(trainer.evaluate()["eval_loss"])
+        torch.save((values, mask, trainer.model.state_dict(), losses), out / f"gates-{name}-{accumulate}-{WHO}")
         trainer.save_model()
 
 
 def supernet(out: Path) -> None:
-    for name, strategy, accumulate in (("bert", "full", 1), ("bert", "linear_random", 2), ("llama", "kd", 2)):
+    runs = (("bert", "full", 1), ("bert", "linear_random", 2), ("llama", "kd", 2), ("bart", "full", 2))
+    for name, strategy, accumulate in runs:
         trainer = test_supernet.make_trainer(
             name,
             out / "run",
@@ -103,7 +105,6 @@ def supernet(out: Path) -> None:
             learning_rate=1e-3,
             gradient_accumulation_steps=accumulate,
             max_steps=4,
-            average_tokens_across_devices=name != "bert",
             **TRAINING,
         )
         trainer.evaluate()

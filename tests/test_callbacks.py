@@ -96,7 +96,7 @@ def test_the_callback_resumes(tmp_path):
     assert one[1] == two[1] and all(torch.equal(value, two[0][key]) for key, value in one[0].items())
 
 
-def test_a_callback_that_can_not_work_says_so(tmp_path):
+def test_a_callback_that_can_not_work_says_so(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="num_heads is missing"):
         hf_prune.PassCallback()
     with pytest.raises(ConfigError, match="num_heads must be from 1 to 12"):
@@ -116,9 +116,17 @@ def test_a_callback_that_can_not_work_says_so(tmp_path):
     with pytest.raises(ConfigError, match="with model_init use a PassTrainer"):
         trainer.train()
     callback, model = hf_prune.PassCallback(num_heads=3), tiny_model("bert")
-    args.fp16 = True
-    with pytest.raises(ConfigError, match="use bf16=True instead"):
-        callback.on_init_end(args, None, None, model=model)
+    for name, value in (("fp16", True), ("mixed_precision", "fp16")):  # the second is how accelerate says it
+        with monkeypatch.context() as patched, pytest.raises(ConfigError, match="use bf16=True instead"):
+            patched.setattr(args, name, value)
+            callback.on_init_end(args, None, None, model=model)
+    train("bert", tmp_path, hf_prune.KeepMaskCallback({}), max_steps=1, save_strategy="steps", save_steps=1)
+    with pytest.raises(ConfigError, match="saved without head gates"):
+        train("bert", tmp_path, hf_prune.PassCallback(num_heads=3), resume=str(tmp_path / "checkpoint-1"))
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for callback in (hf_prune.KeepMaskCallback({}), hf_prune.GradualSparsityCallback(0.5)):
+        with pytest.raises(ConfigError, match="fsdp splits the model"):
+            callback.on_train_begin(args, T.TrainerState(max_steps=1), None, model=model)
 
 
 def test_the_heat_map_of_gates(tmp_path):
@@ -129,6 +137,8 @@ def test_the_heat_map_of_gates(tmp_path):
     images = events.Images("head_gates")
     assert [image.step for image in images] == [1, 2]
     assert (images[0].height, images[0].width) == (16 * 3, 16 * 4)  # 3 modules of 4 heads
+    assert [x.value for x in events.Scalars("head_gates/pass_lambda")] == pytest.approx([1e-2, 10])
+    assert [x.value for x in events.Scalars("head_gates/heads_undecided")] == [12, 12]
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
@@ -144,7 +154,7 @@ def test_pass_in_trl(tmp_path):
     ids = tiny_batch("llama", size=16)["input_ids"].tolist()
     args = trl.SFTConfig(
         str(tmp_path),
-        max_steps=4,
+        max_steps=6,
         per_device_train_batch_size=4,
         logging_steps=1,
         save_strategy="no",
@@ -152,14 +162,16 @@ def test_pass_in_trl(tmp_path):
         bf16=False,
         disable_tqdm=True,
     )
+    callback = hf_prune.PassCallback(num_heads=2, reopen=True, lambda_steps=1)
     trainer = trl.SFTTrainer(
         tiny_model("llama"),
         args,
         train_dataset=Dataset.from_dict({"input_ids": ids}),
         processing_class=tokenizer,
-        callbacks=[hf_prune.PassCallback(num_heads=2)],
+        callbacks=[callback],
     )
     trainer.train()
+    assert callback.reopen and callback.events == {2, 3}
     assert hf_prune.current_mask(trainer.model).kept("heads") == 2
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
     assert entry["mean_token_accuracy"] >= 0 and entry["heads_undecided"] == 6
@@ -228,6 +240,26 @@ def test_sparsity_rises_along_a_cubic_and_stays(tmp_path):
     for step, found in zip(pruned_at, seen, strict=True):
         assert found == pytest.approx([callback.sparsity_at(step / 12)] * len(found), abs=2e-3)
     assert torch.equal(model.bert.embeddings.word_embeddings.weight == 0, embeddings == 0)
+
+
+def test_a_sparsity_that_is_not_reached_is_told(tmp_path, caplog):
+    class Stop(T.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == args.max_steps - 5
+
+    T.logging.set_verbosity_warning()
+    T.logging.enable_propagation()
+    for steps, options in ((8, {"every": 1}), (13, {"end": 0.5})):
+        model, callback = tiny_model("bert"), hf_prune.GradualSparsityCallback(0.8, **options)
+        args = T.TrainingArguments(str(tmp_path), max_steps=steps, use_cpu=True, save_strategy="no", disable_tqdm=True)
+        batch = tiny_batch("bert", size=16, labels=True)
+        data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
+        caplog.clear()
+        T.Trainer(model, args, train_dataset=data, callbacks=[callback, Stop()]).train()
+        share = sum(sparsities(model)) / len(sparsities(model))
+        told = "zeros instead of 80.0%" in caplog.text
+        assert told == (share < 0.79) == (steps == 8)
+    T.logging.disable_propagation()
 
 
 def test_gradual_sparsity_resumes(tmp_path):

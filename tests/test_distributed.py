@@ -45,17 +45,18 @@ def test_pruning(results, loaded):
             assert torch.allclose(weight, first[1][key], atol=2e-3), key
 
 
-@pytest.mark.parametrize("run", ["bert-1", "bert-2", "llama-2"])
+@pytest.mark.parametrize("run", ["bert-1", "bert-2", "llama-2", "bart-2"])
 def test_gates(loaded, run):
     one, first, second = loaded(f"gates-{run}")
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
     assert one[1] == first[1] == second[1]
+    assert one[3] == pytest.approx(first[3], rel=1e-3) and first[3] == second[3]
     for mine, theirs in zip(one[0], first[0], strict=True):
         assert_close(mine, theirs, atol=1e-3, rtol=0)
     assert all(torch.equal(value, second[2][key]) for key, value in first[2].items())
 
 
-@pytest.mark.parametrize("run", ["bert-full", "bert-linear_random", "llama-kd"])
+@pytest.mark.parametrize("run", ["bert-full", "bert-linear_random", "llama-kd", "bart-full"])
 def test_super_networks(loaded, run):
     one, first, second = loaded(f"supernet-{run}")
     assert one[1] == pytest.approx(first[1], rel=1e-3)

@@ -12,8 +12,8 @@ from torch.testing import assert_close
 
 import hf_prune
 from hf_prune.errors import ConfigError, UnsupportedModelError
+from hf_prune.trainers.confidence import head_confidence
 from hf_prune.trainers.head_gates import HeadGates, add_head_gates, concentration_weight, top_heads
-from hf_prune.trainers.pass_ import head_confidence
 
 NO_DROPOUT = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dropout=0.0)
 FAMILIES = {"bert": 12, "llama": 6, "bart": 36, "vit": 12}  # number of heads (KV groups)
@@ -99,6 +99,8 @@ def test_masked_is_shrunk_is_reloaded_with_exactly_so_many_heads(name, options, 
 
     report = hf_prune.PruningReport.load(tmp_path)
     assert report.method == ("passconc" if options else "pass") and report.config["num_heads"] == 3
+    chosen = {"lambda_steps": 1, "gate_learning_rate": 0.5, "reopen": False}  # where the arguments leave it open
+    assert chosen.items() <= report.config.items()
     assert report.after["params"] == sum(p.numel() for p in reloaded.parameters()) < report.before["params"]
     assert report.calibration == {"samples": len(trainer.train_dataset)}
     assert report.facts["steps"] == 8 and report.facts["metrics"].keys() == {"before", "after"}
@@ -275,11 +277,54 @@ def test_confidence_is_that_of_the_real_queries():
     gates = add_head_gates(model)
     longer = {key: torch.nn.functional.pad(value, (0, 5)) for key, value in batch.items()}
     assert_close(head_confidence(model, gates, [longer]), head_confidence(model, gates, [batch]))
+    assert_close(
+        head_confidence(model, gates, [{**batch, "of_the_trainer": 1}]), head_confidence(model, gates, [batch])
+    )
     model.set_attn_implementation("eager")
     first = model(**batch, output_attentions=True).attentions[0]
     expected = first.amax(-1).mean((0, 2)).double()
     found = head_confidence(model, gates, [batch])[:4]
     assert_close(found / found[0], expected / expected[0])
+
+
+def test_confidence_leaves_out_what_the_decoder_does_not_predict():
+    model, batch = tiny_model("bart"), tiny_batch("bart", labels=True)
+    gates = add_head_gates(model)
+    del batch["decoder_input_ids"]
+    longer = {**batch, "labels": torch.nn.functional.pad(batch["labels"], (0, 6), value=-100)}
+    assert_close(head_confidence(model, gates, [longer]), head_confidence(model, gates, [batch]))
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_a_resumed_run_keeps_its_metrics_and_what_was_frozen(restore, tmp_path):
+    options = dict(
+        train_weights=False, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, max_steps=4
+    )
+    whole = make_trainer("bert", tmp_path, **options)
+    whole.train()
+    again = make_trainer("bert", tmp_path / "b", restore_callback_states_from_checkpoint=restore, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.metrics == whole.metrics and again.metrics.keys() == {"before", "after"}
+    assert all(parameter.requires_grad for parameter in again.model.parameters())
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    shown = [entry for entry in again.state.log_history if "loss" in entry]
+    assert all("pass_lambda" in entry for entry in shown)
+
+
+def test_runs_that_can_not_go_on(tmp_path):
+    make_trainer("bert", tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    for options, folder, message in (
+        ({"num_heads": 7}, checkpoint, "made with num_heads=3, now it is 7"),
+        ({"train_weights": False}, checkpoint, "made with train_weights=True, now it is False"),
+        ({}, str(tmp_path / "nowhere"), "nowhere' is no checkpoint of a run"),
+    ):
+        trainer = make_trainer("bert", tmp_path / "b", tiny_model("bert", seed=2), **options)
+        with pytest.raises(ConfigError, match=message):
+            trainer.train(resume_from_checkpoint=folder)
+        weight = trainer.model.classifier.weight
+        assert torch.equal(weight, tiny_model("bert", seed=2).classifier.weight)
 
 
 @pytest.mark.parametrize("name", ["bert", "bart"])
@@ -324,15 +369,18 @@ def test_the_best_checkpoint_is_kept_and_saved(tmp_path):
     assert values[-1].topk(6).indices.tolist() != values[1].topk(6).indices.tolist()
 
 
-def test_accumulated_steps_are_those_of_large_batches(tmp_path):
-    # The loss of a ViT is a plain mean; one noise for all of the step makes the gradients comparable.
-    values = []
+@pytest.mark.parametrize("name", ["vit", "bert", "bart", "llama"])
+def test_accumulated_steps_are_those_of_large_batches(name, tmp_path):
+    values, losses = [], []
     for size, accumulate in ((4, 1), (2, 2)):
         options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, optim="sgd")
-        trainer = make_trainer("vit", tmp_path, max_steps=4, **options)
+        trainer = make_trainer(name, tmp_path, tiny_model(name, **NO_DROPOUT), max_steps=4, **options)
+        # One noise for all of the step makes the gradients comparable.
         trainer.callback._draw = lambda args, state, callback=trainer.callback: None
         values.append(gate_values(trainer))
         trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for one, two in zip(*values, strict=True):
         assert_close(one, two, atol=1e-4, rtol=1e-4)
 
@@ -409,6 +457,14 @@ def test_bf16_models_have_gates_in_float32(tmp_path):
     trainer.train()
     trainer.save_model()
     assert {p.dtype for p in trainer.pruned_model().parameters()} == {torch.bfloat16}
+
+
+def test_gates_are_trained_in_float32_after_an_evaluation_in_bf16(tmp_path):
+    trainer = make_trainer("bert", tmp_path, bf16_full_eval=True, max_steps=2)
+    trainer.evaluate()
+    values = gate_values(trainer)
+    trainer.train()
+    assert not torch.equal(values[-1], values[-1].bfloat16().double())
 
 
 def given_optimizer(folder, rate, schedule):
@@ -572,6 +628,10 @@ def test_what_can_not_work_is_refused_before_training(tmp_path, monkeypatch):
         hf_prune.PassTrainer(tiny_model("bert"), arguments("bert", tmp_path, hf_prune.PruningTrainingArguments))
     with pytest.raises(ConfigError, match="args must be PruningTrainingArguments"):
         hf_prune.PruningTrainer(tiny_model("bert"), arguments("bert", tmp_path, T.TrainingArguments))
+    with pytest.raises(ConfigError, match="args must be Seq2SeqPassTrainingArguments, those of Seq2SeqPassTrainer"):
+        hf_prune.Seq2SeqPassTrainer(
+            tiny_model("bart"), arguments("bart", tmp_path, hf_prune.PassTrainingArguments, num_heads=3)
+        )
     with pytest.raises(ConfigError, match="distillation_weight above 0"):
         hf_prune.PruningTrainer(
             tiny_model("bert"),
@@ -641,6 +701,37 @@ def test_recovery_keeps_the_mask(name, dropped, tmp_path, random_mask):
     )
     assert quality["before"]["loss"] == pytest.approx(plain.evaluate()["eval_loss"])
     assert quality["after"]["loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+def test_a_run_that_goes_on_has_the_mask_of_its_checkpoint(tmp_path, random_mask):
+    def run(folder, mask, resume=None):
+        model = tiny_model("bert")
+        if mask is not None:
+            hf_prune.apply_mask(model, mask)
+        args = arguments("bert", folder, hf_prune.PruningTrainingArguments, save_strategy="steps", save_steps=4)
+        trainer = hf_prune.PruningTrainer(model, args, train_dataset=examples("bert"))
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    masks = [random_mask(hf_prune.prunable_units(tiny_model("bert")), seed=seed) for seed in (0, 1)]
+    whole, checkpoint = run(tmp_path / "a", masks[0]), str(tmp_path / "a" / "checkpoint-4")
+    for mask in (None, masks[0]):
+        again = run(tmp_path / "b", mask, checkpoint)
+        assert again.pruning_mask() == masks[0]
+        assert_close(logits(again.model, tiny_batch("bert")), logits(whole.model, tiny_batch("bert")), atol=0, rtol=0)
+    with pytest.raises(ConfigError, match="carries another mask than the one of"):
+        run(tmp_path / "b", masks[1], checkpoint)
+
+
+def test_a_teacher_has_weights_of_its_own(tmp_path):
+    model = tiny_model("bert")
+    part, head = copy.deepcopy(model), model.classifier
+    part.classifier = head
+    args = arguments("bert", tmp_path, hf_prune.PruningTrainingArguments, distillation_weight=0.5)
+    for teacher in (model, part):
+        with pytest.raises(ConfigError, match="teacher_model shares weights with the model"):
+            hf_prune.PruningTrainer(model, args, train_dataset=examples("bert"), teacher_model=teacher)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_distillation_brings_the_student_to_its_teacher(tmp_path):

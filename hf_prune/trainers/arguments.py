@@ -58,8 +58,8 @@ class PassOptions:
             alone.
         concentrate (`bool`, *optional*, defaults to `False`): Prefer to empty whole attention modules (PASSCONC).
         reopen (`bool`, *optional*): At three moments in the first half of the run open closed heads again, with a
-            probability that grows with their confidence. Defaults to `True` as in the paper, to `False` in runs of
-            less than 10,000 steps, in which the gates don't settle again.
+            probability that grows with their confidence in the batches of that step. Defaults to `True` as in the
+            paper, to `False` in runs of less than 10,000 steps, in which the gates don't settle again.
         lambda_base, lambda_growth (`float`, *optional*, defaults to 1e-5 and 1000): The weight of the penalty begins
             at `lambda_base` and grows by the factor `lambda_growth` in `lambda_steps` steps, until `num_heads` gates
             are open and all others closed. The values are for mean losses.

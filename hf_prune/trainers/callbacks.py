@@ -7,11 +7,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
 from ..errors import ConfigError, MaskError, check_whole, unknown
 from ..gates import masked_columns
 from ..masks import PruningMask
 from ..units import base_model, prunable_units, site
+from .arguments import check_whole_model
+
+logger = logging.get_logger(__name__)
 
 
 def zero_units(model: PreTrainedModel, mask: PruningMask) -> None:
@@ -32,6 +36,7 @@ class KeepMaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
     Raises:
         MaskError: When training begins: the mask is for another model, drops whole layers, or a tensor is not bool or
             has the wrong shape.
+        ConfigError: When training begins: the model is sharded (FSDP, DeepSpeed).
 
     Examples:
         ```python
@@ -44,6 +49,7 @@ class KeepMaskCallback(TrainerCallback):  # type: ignore[misc]  # transformers i
         self.mask = mask
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_whole_model(args)
         if isinstance(self.mask, PruningMask):
             units = prunable_units(model)
             self.mask.check(units)
@@ -77,6 +83,8 @@ class GradualSparsityCallback(KeepMaskCallback):
     zero, with p from 0 to 1 between `begin` and `end`: Zhu & Gupta, "To prune, or not to prune", 2017,
     [1710.01878](https://arxiv.org/abs/1710.01878).
 
+    A run that stops before, or goes back to such a checkpoint, ends with fewer zeros, and says so in a warning.
+
     Args:
         sparsity (`float`): s, the share of zeros in the end, in (0, 1).
         begin, end (`float`, *optional*, defaults to 0.0 and 0.7): When pruning begins and ends, as shares of the run.
@@ -84,7 +92,7 @@ class GradualSparsityCallback(KeepMaskCallback):
         every (`int`, *optional*): Steps between two prunings. Defaults to a hundredth of the run.
 
     Raises:
-        ConfigError: An option is out of range.
+        ConfigError: An option is out of range; when training begins: the model is sharded (FSDP, DeepSpeed).
     """
 
     def __init__(self, sparsity: float, *, begin: float = 0.0, end: float = 0.7, every: int | None = None) -> None:
@@ -103,6 +111,7 @@ class GradualSparsityCallback(KeepMaskCallback):
         return self.sparsity * (1 - (1 - p) ** 3)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        check_whole_model(args)
         base = base_model(model)
         stacks = [base.get_submodule(stack) for stack in prunable_units(model).stacks]
         weights = {id(m.weight) for s in stacks for m in s.modules() if isinstance(m, nn.Linear | Conv1D)}
@@ -118,6 +127,16 @@ class GradualSparsityCallback(KeepMaskCallback):
             sparsity = self.sparsity_at(step / state.max_steps)
             self.mask = {name: _largest(model.get_parameter(name), sparsity) for name in self.names if sparsity > 0}
         super().on_optimizer_step(args, state, control, model=model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        weights = [model.get_parameter(name) for name in self.names]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        if zeros < sum(round(self.sparsity * weight.numel()) for weight in weights):
+            logger.warning(
+                f"The model ends with {zeros / sum(weight.numel() for weight in weights):.1%} zeros instead of "
+                f"{self.sparsity:.1%}: training stopped early, or load_best_model_at_end brought back a step before "
+                "end. Let end come earlier, or prune the rest with prune and a WeightMagnitudeConfig."
+            )
 
 
 def _largest(weight: torch.Tensor, sparsity: float) -> torch.Tensor:

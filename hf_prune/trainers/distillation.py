@@ -77,13 +77,49 @@ class DistillingTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
     """A `Trainer` whose model also learns from a teacher, once it has one.
 
     Its args are [`PruningTrainingArguments`], without a teacher any.
+
+    The loss is the same with several processes and accumulated steps as with one large batch: divided by all items of
+    the step where the model's own loss does so, else a mean of means. Which of them a model does, one forward pass of
+    the first batch tells.
     """
 
     teacher_model: Any = None
+    model_accepts_loss_kwargs: bool
+    _items_unsure = True
 
     def learn_from(self, teacher_model: PreTrainedModel) -> None:
-        """Let the model learn the logits of `teacher_model`, with `args.distillation_weight`."""
+        """Let the model learn the logits of `teacher_model`, with `args.distillation_weight`.
+
+        Raises:
+            ConfigError: The two share weights.
+        """
+        if _storages(teacher_model) & _storages(self.model):
+            raise ConfigError(
+                "teacher_model shares weights with the model, which would be frozen with it: pass another one, loaded "
+                "afresh, or copy.deepcopy(model)."
+            )
         self.teacher_model = teacher_model.to(self.args.device).eval().requires_grad_(False)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        # Trainer takes every forward with **kwargs for one that divides its loss by the number of items, and
+        # multiplies the loss by the number of processes and accumulated batches; many models return a mean.
+        own_loss = self.compute_loss_func is None and self.label_smoother is None
+        if self._items_unsure and self.model_accepts_loss_kwargs and own_loss and "labels" in (*batch_samples, {})[0]:
+            self._items_unsure = False
+            self.model_accepts_loss_kwargs = self._divides_by_items(batch_samples[0], device)
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _divides_by_items(self, batch: dict[str, Any], device: torch.device) -> bool:
+        """Whether the model's own loss is divided by the number of items that it is given."""
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            nan = torch.tensor(float("nan"), device=device)
+            outputs = self.model(**self._prepare_inputs(dict(batch)), num_items_in_batch=nan)
+        self.model.train(training)
+        loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
+        # A batch without labels has no mean in any case: all processes go by those that have labels.
+        return bool(self.accelerator.gather(loss.isnan().any().int().view(1)).all())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -118,3 +154,8 @@ class DistillingTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
             keep = counted_positions(inputs, outputs[name], self._loss_shifts_labels)
             losses.append(distillation_loss(outputs[name], taught[name], temperature, keep, items))
         return torch.stack(losses).mean()
+
+
+def _storages(model: Any) -> set[int]:
+    """Where the weights of a model lie."""
+    return {p.untyped_storage().data_ptr() for p in model.parameters()} - {0}

@@ -5,6 +5,7 @@ uniform, so that z is exactly 0 or 1 with a probability that φ decides; in eval
 """
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -136,6 +137,15 @@ class HeadGate(MaskGate):
             return super().forward(x)
         z = sample_gates(self.log_alpha, self.noise).to(x.dtype)
         return (x.reshape(*x.shape[:-1], len(z), self.width) * z[:, None]).reshape(x.shape)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Trainer loads what a checkpoint has, whatever is missing, and fails at the optimizer in words of its own.
+        if f"{prefix}log_alpha" not in state_dict:
+            raise ConfigError(
+                "The weights to load were saved without head gates, and are loaded in part by now: load the model "
+                "afresh. To train from such weights start a new run, without resume_from_checkpoint."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def set_mask(self, keep: torch.Tensor) -> None:
         """Choose the heads that evaluation keeps."""

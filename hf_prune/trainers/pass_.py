@@ -11,20 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import reduce
-from transformers import PreTrainedModel, Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from ..architectures import AttentionSpec
-from ..errors import ConfigError, UnsupportedModelError
+from ..errors import ConfigError
 from ..gates import apply_mask, current_mask, record_inputs, remove_mask
 from ..methods import Paper
-from ..processes import process_state
 from ..timing import example_inputs
-from ..units import UnitGroup
-from .arguments import PassOptions, check_whole_model
+from .arguments import PassOptions, PassTrainingArguments, Seq2SeqPassTrainingArguments, check_whole_model
 from .callbacks import zero_units
+from .confidence import head_confidence
+from .gate_board import GateBoard
 from .head_gates import (
     DECIDED,
     HeadGates,
@@ -54,7 +53,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
     follows the schedule of the optimizer's first group. The penalty depends on the gates alone: its gradient
     is added to theirs once per step, so that the loss in the logs is that of the task. Logs also show `pass_lambda`,
     `pass_lambda_conc`, `heads_open`, `heads_closed`, `heads_undecided` and `heads_expected`, the expected number of
-    gates that are not 0. With TensorBoard a heat map (modules x heads) shows the gates.
+    gates that are not 0. With TensorBoard a heat map (modules x heads) shows the gates, beside these numbers.
 
     In evaluation the model is always the one that would be left: the `num_heads` heads with the largest φ. When
     training ends the other heads are masked, and their output weights are zero, so that every way to save the model
@@ -67,8 +66,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
 
     Raises:
         ConfigError: An option is out of range; the model has gates already; it is sharded (FSDP, DeepSpeed), or
-            trained in fp16. When training begins: the run resumes from a checkpoint without gates; the optimizer's
-            first learning rate is not positive.
+            trained in fp16. When training begins: the run resumes from a checkpoint without gates, or with another
+            `num_heads` or `train_weights`; the optimizer's first learning rate is not positive.
         UnsupportedModelError: The model has no heads that can be pruned.
 
     Examples:
@@ -84,8 +83,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.gates: HeadGates | None = None
         self.gradient: torch.Tensor | None = None
         self.inputs: list[dict[str, Any]] | None = None
-        self.frozen: list[torch.nn.Parameter] = []
-        self.writer: Any = None
+        self.frozen: list[str] = []  # parameters that are trained again afterwards
+        self.board: GateBoard | None = None
         self.steps, self.part, self.rate, self.full_rate = 1, 0, 0.0, 1.0
         self.reopen = self.saturated = False
         self._reset()
@@ -103,6 +102,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
             "updates": self.updates,
             "conc_weight": self.conc_weight,
             "moments": self.moments.tolist(),
+            "frozen": self.frozen,
         }
         return {"args": asdict(self.options), "attributes": attributes}
 
@@ -110,7 +110,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         check_whole_model(args)
-        if args.fp16:
+        if args.fp16 or args.mixed_precision == "fp16":
             raise ConfigError("fp16 scales the loss, and with it the gradients of the gates: use bf16=True instead.")
         if args.learning_rate <= 0:
             raise ConfigError(
@@ -125,9 +125,9 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
             raise
         if not self.options.train_weights:
             own = {id(gate.log_alpha) for gate in gates.gates}
-            self.frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-            for parameter in self.frozen:
-                parameter.requires_grad_(False)
+            self.frozen = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
+            for name in self.frozen:
+                model.get_parameter(name).requires_grad_(False)
             if args.activation_checkpointing:  # the reentrant kind only works behind inputs with a gradient
                 model.enable_input_require_grads()
         self._show_mask(gates)
@@ -142,6 +142,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
                 "Make a new Trainer; with model_init use a PassTrainer."
             )
         self.gates.check(self.options.num_heads or 0)
+        for gate in self.gates.gates:
+            gate.float()  # an evaluation before, with bf16_full_eval, has cast the whole model
         self.full_rate = _full_rate(optimizer)
         self.gradient = self.inputs = None
         self._reset()
@@ -245,7 +247,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         logs.update(facts)
         state.log_history[-1].update(facts)
         if "tensorboard" in args.report_to and state.is_world_process_zero:
-            self._draw_map(args, soft_gates(phi), state.global_step)
+            self.board = self.board or GateBoard(args)
+            self.board.show(soft_gates(phi), self.gates.sizes, facts, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         assert self.gates is not None
@@ -265,13 +268,13 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         zero_units(model, mask)
         self.gates = None
         if self.frozen:
-            for parameter in self.frozen:
-                parameter.requires_grad_(True)
+            for name in self.frozen:
+                model.get_parameter(name).requires_grad_(True)
             if args.activation_checkpointing:
                 model.disable_input_require_grads()
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        if self.board is not None:
+            self.board.close()
+            self.board = None
 
     @property
     def penalty_weight(self) -> float:
@@ -280,16 +283,6 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
 
     def _show_mask(self, gates: HeadGates) -> None:
         gates.set_mask(top_heads(gates.phi, self.options.num_heads or 0, gates.module, gates.needed))
-
-    def _draw_map(self, args: Any, gates: torch.Tensor, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        assert self.gates is not None
-        if self.writer is None:
-            folder = os.getenv("TENSORBOARD_LOGGING_DIR") or os.path.join(args.output_dir, "runs", "head_gates")
-            self.writer = SummaryWriter(log_dir=folder)
-        rows = torch.nn.utils.rnn.pad_sequence(list(torch.split(gates, self.gates.sizes)), batch_first=True)
-        self.writer.add_image("head_gates", rows[None].float().kron(torch.ones(1, 16, 16)), step)
 
 
 def _count(phi: torch.Tensor) -> tuple[int, int]:
@@ -310,65 +303,21 @@ def _full_rate(optimizer: Any) -> float:
 
 
 def _saved_state(callback: PassCallback, state: TrainerState) -> dict[str, Any]:
-    """What a checkpoint holds for a callback."""
+    """What a checkpoint holds for a callback, which must be of the same run."""
     saved: dict[str, Any] | None = state.stateful_callbacks.get(type(callback).__name__)
     if saved is None:
         raise ConfigError(
             "The checkpoint to resume from was made without PASS: train from its weights in a new run, without "
             "resume_from_checkpoint."
         )
+    for name in ("num_heads", "train_weights"):
+        then, now = saved["args"][name], getattr(callback.options, name)
+        if then != now:
+            raise ConfigError(
+                f"The checkpoint to resume from was made with {name}={then}, now it is {now}: go on with {then}, or "
+                "train from its weights in a new run, without resume_from_checkpoint."
+            )
     return saved
-
-
-def head_confidence(model: PreTrainedModel, gates: HeadGates, batches: list[dict[str, Any]]) -> torch.Tensor:
-    """How sure each head is: the largest attention probability of a query, mean over queries; the surest head has 1.
-
-    Args:
-        model (`PreTrainedModel`): The model. It is called in evaluation mode, in which it is left.
-        gates ([`HeadGates`]): Its gates.
-        batches (`list[dict]`): What to call it with. Queries at padding don't count. Several processes take the mean.
-
-    Returns:
-        `torch.Tensor`: float64 of shape (n,), from 0 to 1.
-
-    Raises:
-        UnsupportedModelError: The model does not return attention probabilities.
-    """
-    before = model.config._attn_implementation
-    total = torch.zeros(len(gates), dtype=torch.float64)
-    model.eval()
-    model.set_attn_implementation("eager")  # the only one that has the probabilities
-    try:
-        for batch in batches:
-            with torch.no_grad():
-                outputs = model(**{**batch, "output_attentions": True, "return_dict": True})
-            total += torch.cat([_group_confidence(outputs, group, batch) for group in gates.groups])
-    finally:
-        model.set_attn_implementation(before)
-    if process_state().num_processes > 1:
-        total = reduce(total.to(model.device, torch.float32), "mean").cpu().double()
-    return total / total.max()
-
-
-def _group_confidence(outputs: Any, group: UnitGroup, batch: dict[str, Any]) -> torch.Tensor:
-    assert isinstance(group.block, AttentionSpec)
-    decodes = outputs.get("decoder_attentions") is not None and group.stack.startswith("decoder")
-    both = outputs.get("encoder_attentions") is not None
-    side = "decoder_" if decodes else "encoder_"
-    name = "cross_attentions" if group.block.cross else f"{side if both else ''}attentions"
-    layers = outputs.get(name)
-    if not layers or layers[group.layer] is None:
-        raise UnsupportedModelError(
-            f"The model returns no attention probabilities for {group.name}, by which heads are opened again: set "
-            "reopen=False."
-        )
-    best = layers[group.layer].double().amax(-1).cpu()  # (batch, query heads, queries)
-    mask = batch.get("decoder_attention_mask" if decodes else "attention_mask")
-    real = torch.ones_like(best[:, 0])
-    if mask is not None and mask.shape == real.shape:
-        real = mask.cpu().to(real)
-    mean: torch.Tensor = (best * real[:, None]).sum((0, 2)) / real.sum()
-    return mean.view(group.size, -1).mean(1)
 
 
 class PassTrainer(PruningTrainer):
@@ -399,20 +348,17 @@ class PassTrainer(PruningTrainer):
         "Dujian Ding and Ganesh Jawahar and Laks V. S. Lakshmanan",
         "https://openreview.net/forum?id=S4duStTKGL",
     )
+    arguments = PassTrainingArguments
     _ready = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, PassOptions):
-            raise ConfigError(
-                f"args must be PassTrainingArguments(output_dir, num_heads=...), got {type(self.args).__name__}."
-            )
         # In front of the others, which then log what it adds to the logs.
-        self.callback_handler.callbacks.insert(0, PassCallback(**self._options()))
+        self.callback_handler.callbacks.insert(0, PassCallback(**self._pass_options()))
         self.callback.on_init_end(self.args, self.state, self.control, model=self.model)
         self._ready = True
 
-    def _options(self) -> dict[str, Any]:
+    def _pass_options(self) -> dict[str, Any]:
         return {field.name: getattr(self.args, field.name) for field in fields(PassOptions)}
 
     @property
@@ -431,14 +377,17 @@ class PassTrainer(PruningTrainer):
             self.callback.on_init_end(self.args, self.state, self.control, model=model)
         return model
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-        _saved_state(self.callback, state)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _match_checkpoint(self, folder: str) -> None:
+        _saved_state(self.callback, TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)))
+
+    def _load_callback_state(self) -> None:
+        super()._load_callback_state()
+        # A restored callback comes last.
+        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, PassCallback))
 
     def _hp_search_setup(self, trial: Any) -> None:
         super()._hp_search_setup(trial)
-        self.callback.options = PassOptions(**self._options())
+        self.callback.options = PassOptions(**self._pass_options())
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -446,9 +395,16 @@ class PassTrainer(PruningTrainer):
             self.callback.take_gradients()
         return loss
 
+    def options(self) -> dict[str, Any]:
+        found = self.callback
+        chosen = {"gate_learning_rate": found.rate, "lambda_steps": found.steps, "reopen": found.reopen}
+        return {**super().options(), **(chosen if found.rate else {})}  # known once training has begun
+
     def facts(self) -> dict[str, Any]:
         return {**super().facts(), "lambda": self.callback.penalty_weight, "saturated": self.callback.saturated}
 
 
 class Seq2SeqPassTrainer(PassTrainer, Seq2SeqTrainer):  # type: ignore[misc]
     """[`PassTrainer`] with `predict_with_generate`. Its args are [`Seq2SeqPassTrainingArguments`]."""
+
+    arguments = Seq2SeqPassTrainingArguments

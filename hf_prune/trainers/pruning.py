@@ -6,21 +6,22 @@ from dataclasses import asdict, fields
 from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import HubStrategy
 from transformers.utils import logging
 
 from ..batches import data_source
 from ..costs import CostTable
 from ..errors import ConfigError, SaveError
-from ..gates import current_mask, remove_mask, without_mask
+from ..gates import apply_mask, current_mask, remove_mask, without_mask
 from ..hub import push_to_hub, save_pretrained, write_card
 from ..hub.push import Repository
-from ..masks import PruningMask
+from ..masks import MASK_FILE, PruningMask
 from ..methods import Paper
 from ..report import PruningReport, unit_rows
 from ..surgery import shrunk_copy
 from ..units import prunable_units
-from .arguments import PruningTrainingArguments, check_whole_model
+from .arguments import PruningTrainingArguments, Seq2SeqPruningTrainingArguments, check_whole_model
 from .distillation import DistillingTrainer
 
 logger = logging.get_logger(__name__)
@@ -59,8 +60,9 @@ class PruningTrainer(DistillingTrainer):
     By itself it recovers a pruned model: train what [`prune`] masked, with or without distillation, then save. Masked
     units stay dead, for their gates stay closed. [`PassTrainer`] finds the mask in training.
 
-    Checkpoints of the run (`checkpoint-500`) are for `resume_from_checkpoint`: they hold the whole model and, with
-    [`PassTrainer`], its gates under keys that `from_pretrained` reports as unexpected. What `save_model()` and
+    Checkpoints of the run (`checkpoint-500`) are for `resume_from_checkpoint`: they hold the whole model, its mask,
+    which a dense model gets when the run goes on, and, with [`PassTrainer`], its gates under keys that
+    `from_pretrained` reports as unexpected. What `save_model()` and
     `push_to_hub()` write is shrunk, reloaded and compared before it takes the folder's place, with tokenizer, mask
     and a report with hyperparameters, costs, and metrics of the dense and the pruned model (where `eval_strategy` asks
     for an evaluation), and a model card. With `push_to_hub=True` every commit on the Hub is such a folder: with
@@ -68,6 +70,7 @@ class PruningTrainer(DistillingTrainer):
     its shapes; [`~PruningTrainer.pruned_model`] is a shrunk copy.
 
     Args:
+        model (`PreTrainedModel`, *optional*): The model, unless `model_init` makes it.
         args ([`PruningTrainingArguments`]): Its arguments.
         teacher_model (`PreTrainedModel`, *optional*): Where `args.distillation_weight` is above 0, whose logits the
             model learns. Defaults to a copy of the dense model as it is now, or at the first trial of a
@@ -75,8 +78,10 @@ class PruningTrainer(DistillingTrainer):
         others: See `Trainer`.
 
     Raises:
-        ConfigError: `args` are of another class; the model is sharded (FSDP, DeepSpeed); `hub_strategy` would upload
-            checkpoints for resuming, which hold the whole model and pickled arguments with the token.
+        ConfigError: `args` are of another class; the model is sharded (FSDP, DeepSpeed); `teacher_model` shares
+            weights with the model; `hub_strategy` would upload checkpoints for resuming, which hold the whole model
+            and pickled arguments with the token. In `train`: there is no checkpoint to resume from, or it has another
+            mask than the model.
         UnsupportedModelError: The model can't be pruned.
 
     Examples:
@@ -90,13 +95,23 @@ class PruningTrainer(DistillingTrainer):
     """
 
     paper: ClassVar[Paper | None] = None
+    arguments: ClassVar[type[PruningTrainingArguments]] = PruningTrainingArguments
 
     _checkpointing = False
 
-    def __init__(self, *args: Any, teacher_model: PreTrainedModel | None = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        if not isinstance(self.args, PruningTrainingArguments):
-            raise ConfigError(f"args must be PruningTrainingArguments, got {type(self.args).__name__}.")
+    def __init__(
+        self,
+        model: PreTrainedModel | None = None,
+        args: PruningTrainingArguments | None = None,
+        *others: Any,
+        teacher_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, self.arguments):
+            raise ConfigError(
+                f"args must be {self.arguments.__name__}, those of {type(self).__name__}, got {type(args).__name__}."
+            )
+        super().__init__(model, args, *others, **kwargs)
         check_whole_model(self.args)
         prunable_units(self.model)
         self.model.add_model_tags(["hf_prune", "pruning"])
@@ -155,10 +170,35 @@ class PruningTrainer(DistillingTrainer):
         finally:
             self._checkpointing = False
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not os.path.isfile(os.path.join(resume_from_checkpoint, TRAINER_STATE_NAME)):
+            raise ConfigError(
+                f"{resume_from_checkpoint!r} is no checkpoint of a run, it has no {TRAINER_STATE_NAME}: give a folder "
+                "such as output_dir/checkpoint-500, or True for the last one in output_dir."
+            )
+        self._match_checkpoint(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _match_checkpoint(self, folder: str) -> None:
+        """Put the mask of a checkpoint on the model, before its weights are loaded."""
+        if not os.path.isfile(os.path.join(folder, MASK_FILE)):
+            return
+        saved, mine = PruningMask.load(folder), current_mask(self.model)
+        if mine is None:
+            apply_mask(self.model, saved)
+        elif mine != saved:
+            raise ConfigError(
+                f"The model carries another mask than the one of {folder!r}: resume with the mask of that run, with "
+                "a dense model (it gets that mask), or train this one in a new run, without resume_from_checkpoint."
+            )
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self._checkpointing:
             # Given the weights, a prunable model saves as any other does.
             super()._save(output_dir, state_dict if state_dict is not None else self.model.state_dict())
+            mask = current_mask(self.model)  # the weights of what it hides are there, and would come to life again
+            if mask is not None:
+                mask.save(output_dir if output_dir is not None else self.args.output_dir)
         elif self.args.should_save:
             model, mask, report = self._pruned()
             processing = self.processing_class
@@ -255,12 +295,9 @@ class PruningTrainer(DistillingTrainer):
     def _pruned(self) -> tuple[PreTrainedModel, PruningMask, PruningReport]:
         mask = self.pruning_mask()
         table = CostTable(self.model)
-        given = self.args.to_dict()
-        stock = {field.name for field in fields(Seq2SeqTrainingArguments)}
-        own = [field.name for field in fields(self.args) if field.name not in stock]
         report = PruningReport(
             method=self.method,
-            config={"method": self.method, **{name: given[name] for name in (*own, *_HYPERPARAMETERS)}},
+            config={"method": self.method, **self.options()},
             model_class=type(self.model).__name__,
             model_type=table.units.model_type,
             before=table.of().to_dict(),
@@ -300,13 +337,20 @@ class PruningTrainer(DistillingTrainer):
             if name in after
         ]
 
+    def options(self) -> dict[str, Any]:
+        """What the report says of the arguments: the method's own, and the hyperparameters."""
+        given = self.args.to_dict()
+        stock = {field.name for field in fields(Seq2SeqTrainingArguments)}
+        own = [field.name for field in fields(self.args) if field.name not in stock]
+        return {name: given[name] for name in (*own, *_HYPERPARAMETERS)}
+
     def facts(self) -> dict[str, Any]:
         """What the report says about the run beyond hyperparameters and costs."""
         return {"steps": self.state.global_step, "metrics": self.metrics}
 
 
 class _Before(TrainerCallback):  # type: ignore[misc]
-    """Evaluates the dense model when training begins."""
+    """Evaluates the dense model when training begins. A run that goes on finds the metrics in its logs."""
 
     def __init__(self, trainer: PruningTrainer) -> None:
         self.trainer = trainer
@@ -315,7 +359,9 @@ class _Before(TrainerCallback):  # type: ignore[misc]
         if not state.global_step:
             with without_mask(self.trainer.model):
                 metrics = self.trainer.evaluate(metric_key_prefix="dense")
-            self.trainer.metrics["before"] = _quality(metrics, "dense_")
+        else:
+            metrics = {name: value for entry in state.log_history for name, value in entry.items()}
+        self.trainer.metrics["before"] = _quality(metrics, "dense_")
 
 
 class _After(TrainerCallback):  # type: ignore[misc]
@@ -338,3 +384,5 @@ def _quality(metrics: dict[str, float], prefix: str) -> dict[str, float]:
 
 class Seq2SeqPruningTrainer(PruningTrainer, Seq2SeqTrainer):  # type: ignore[misc]
     """[`PruningTrainer`] with `predict_with_generate`. Its args are [`Seq2SeqPruningTrainingArguments`]."""
+
+    arguments = Seq2SeqPruningTrainingArguments

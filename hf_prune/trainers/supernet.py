@@ -17,7 +17,7 @@ from ..search.base import PAPER, Member, SearchSpace
 from ..search.spaces import search_space
 from ..slicing import subnetwork
 from ..units import prunable_units
-from .arguments import SuperNetTrainingArguments
+from .arguments import Seq2SeqSuperNetTrainingArguments, SuperNetTrainingArguments
 from .distillation import logits_of
 from .pruning import PruningTrainer
 
@@ -101,11 +101,10 @@ class SuperNetTrainer(PruningTrainer):
     """
 
     paper = PAPER
+    arguments = SuperNetTrainingArguments
 
     def __init__(self, *args: Any, space: SearchSpace | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if not isinstance(self.args, SuperNetTrainingArguments):
-            raise ConfigError(f"args must be SuperNetTrainingArguments, got {type(self.args).__name__}.")
         if self.args.n_gpu > 1:
             raise ConfigError(
                 f"One process would spread each batch over {self.args.n_gpu} GPUs: launch one process per GPU with "
@@ -212,3 +211,5 @@ def _check_task(config: Any, logits: dict[str, torch.Tensor]) -> None:
 
 class Seq2SeqSuperNetTrainer(SuperNetTrainer, Seq2SeqTrainer):  # type: ignore[misc]
     """[`SuperNetTrainer`] with `predict_with_generate`. Its args are [`Seq2SeqSuperNetTrainingArguments`]."""
+
+    arguments = Seq2SeqSuperNetTrainingArguments
