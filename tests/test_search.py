@@ -118,6 +118,7 @@ class TestSearch:
         space = hf_prune.search_space("layer", MODEL, bounds={"layer_2": (0, 0)})
         front = search(error, space, method="random", num_samples=20)
         assert space.size == 4 and len(front.evaluated) <= 4
+        assert calls.pop(MODEL.num_parameters()) == 1  # the whole model, which is not in the space
         assert sum(calls.values()) == len(front.evaluated)
 
     def test_members_with_the_same_mask_are_evaluated_once(self):
