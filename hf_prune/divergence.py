@@ -42,7 +42,8 @@ def predictions(
     Raises:
         UnsupportedModelError: The head is of another kind.
     """
-    config, single = model.config, [1] * (len(real) if real is not None else len(next(iter(outputs.values()))))
+    rows = [len(value) for value in outputs.values() if isinstance(value, torch.Tensor) and value.dim()]  # no loss
+    config, single = model.config, [1] * (len(real) if real is not None else rows[0])
     if "start_logits" in outputs:
         spans = [outputs["start_logits"].float(), outputs["end_logits"].float()]
         if real is not None:

@@ -285,3 +285,17 @@ def test_refits_of_the_bias_keep_the_mean_output():
             rows[-1] = rows[-1][batch["attention_mask"].bool()]
         means.append(torch.cat(rows).mean(0))
     assert torch.allclose(means[0], means[1], atol=1e-5) and not torch.allclose(means[0], means[2], atol=1e-3)
+
+
+def test_labels_that_come_along_change_nothing():
+    """With labels the first output of a model is its loss, which is of no example."""
+    batch = {
+        name: value for name, value in tiny_batch("bert", size=24, labels=True).items() if name != "attention_mask"
+    }
+    masks = []
+    for labels in (False, True):
+        model = tiny_model("bert")
+        calibrator = Calibrator(model, [batch], labels=labels)
+        config = KPruneConfig(budget={"macs": 0.6}, recover="none")
+        masks.append(hf_prune.prune(model, config, calibrator).mask)
+    assert masks[0] == masks[1]
