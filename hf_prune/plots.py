@@ -1,6 +1,7 @@
 """Figures: what was pruned where, and how checkpoints compare. They need matplotlib and no display."""
 
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,7 @@ def plot_tradeoff(reports: Mapping[str, PruningReport], path: str | os.PathLike[
         for column, (cost, kept) in enumerate(costs.items()):
             first = figure.axes[row * len(costs)] if column else None
             axes = figure.add_subplot(len(qualities), len(costs), row * len(costs) + column + 1, sharey=first)
-            _style(axes, f"{metric} against {cost}")
+            _style(axes, textwrap.fill(f"{metric} against {cost}", 36))
             for index, (name, report) in enumerate(reports.items()):
                 share, quality = kept(report), values.get(name)
                 if share is None or quality is None:
