@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from transformers import PreTrainedModel
 
 from ..calibration import Calibrator
 from ..errors import CalibrationError, ConfigError, check_whole
 from ..matrices import Matrix
+from ..units import PrunableUnits
+from ..weight_masks import WeightMask
 from .base import Paper, register_pruner
 from .weights import Target, WeightPruner, WeightPruningConfig, keep_highest, kth_lowest, pruned_count
 
@@ -147,7 +150,11 @@ class SparseGPTPruner(WeightPruner[SparseGPTConfig]):
                     f"{matrix.module} has {matrix.inputs} inputs, and {tokens} tokens of the calibration data reach "
                     "it: SparseGPT needs at least as many. Give more data, or use WandaConfig."
                 )
+
+    def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> WeightMask:
+        assert calibrator is not None
         self._scale = 2 / calibrator.samples
+        return super().prune(model, units, calibrator)
 
     def workspace(self, matrix: Matrix) -> int:
         return 4 * (5 * matrix.inputs**2 + 3 * matrix.inputs * matrix.outputs)  # Hessians and factors; rows, scores

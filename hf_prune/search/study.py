@@ -198,9 +198,7 @@ class SearchStudy:
                     drawn = sampler.draw(self._study)
                 trial.set_user_attr("member", list(self.space.fit(drawn).values()))
             trial.set_user_attr("worker", _worker())  # last: with it the member comes again
-        except (
-            UpdateFinishedTrialError
-        ):  # now and then SQLite gives a trial to two workers, here the other one is done
+        except UpdateFinishedTrialError:  # SQLite gave it to two workers, and the other one is done
             return self.ask()
         self._trials[trial.number] = trial
         key = self._key(trial)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import ConfigError
+from ..timing import evaluating
 
 
 def distillation_loss(
@@ -111,12 +112,9 @@ class DistillingTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
 
     def _divides_by_items(self, batch: dict[str, Any], device: torch.device) -> bool:
         """Whether the model's own loss is divided by the number of items that it is given."""
-        training = self.model.training
-        self.model.eval()
-        with torch.no_grad():
-            nan = torch.tensor(float("nan"), device=device)
+        nan = torch.tensor(float("nan"), device=device)
+        with evaluating(self.model):
             outputs = self.model(**self._prepare_inputs(dict(batch)), num_items_in_batch=nan)
-        self.model.train(training)
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
         # A batch without labels has no mean in any case: all processes go by those that have labels.
         return bool(self.accelerator.gather(loss.isnan().any().int().view(1)).all())
