@@ -60,8 +60,7 @@ def fisher(model: transformers.PreTrainedModel, data: list[dict], tokenizer, hea
     blocks = {group.name: FisherBlock(group.size, site(model, group).weight.device) for group in groups}
     collect_gradients(calibrator, groups, blocks, per_sample=False)
     sizes = [group.size for group in groups]
-    module = torch.arange(len(groups)).repeat_interleave(torch.tensor(sizes))
-    keep = top_heads(torch.cat([blocks[group.name].matrix.diagonal() for group in groups]), heads, module)
+    keep = top_heads(torch.cat([blocks[group.name].matrix.diagonal() for group in groups]), heads)
     names = [group.name for group in groups]
     hf_prune.apply_mask(model, hf_prune.PruningMask(dict(zip(names, keep.split(sizes), strict=True)), units))
 

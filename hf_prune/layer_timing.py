@@ -69,8 +69,7 @@ def cut_copies(base: nn.Module, units: PrunableUnits, place: Place, multiple: in
         if not group.prunable or not group.size:
             continue
         step = multiple if group.kind == "neurons" else 1
-        counts = {-(-group.size * i // (_POINTS * step)) * step for i in range(1, _POINTS)} | {group.size}
-        counts |= {0} if group.kind in units.stacks[stack].empty else {1}
+        counts = {-(-group.size * i // (_POINTS * step)) * step for i in range(_POINTS)} | {group.size}
         for count in sorted(count for count in counts if count <= group.size):
             small = copy.deepcopy(layer, {id(parameter): parameter for parameter in layer.parameters()})
             keep = torch.arange(group.size) < count

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from .emptied import run_empty
 from .errors import LayoutError
 
 if TYPE_CHECKING:
@@ -132,6 +133,8 @@ def apply_layout(model: Any) -> None:
         if attribute in features.get(type(module), ()) and count < dense:
             _slice(module, attribute, count)
         setattr(module, attribute, count)
+    for module in modules.values():
+        run_empty(module)
     for name, values in views.items():
         config = getattr(modules[name], "config", None)
         if config is None:

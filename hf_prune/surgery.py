@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .architectures import AttentionSpec, FeedForwardSpec, StackSpec
+from .emptied import run_empty
 from .errors import MaskError
 from .gates import current_mask, remove_mask
 from .layout import KEY, ConfigView, record, skeleton
@@ -47,6 +48,7 @@ def cut(module: Projection, index: torch.Tensor, side: str, select: Select = cop
         module.nx, module.nf = inputs, rows
     else:
         module.in_features, module.out_features = inputs, rows
+    run_empty(module)
 
 
 def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select: Select = copied) -> None:
@@ -86,6 +88,7 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select:
         attention.config = ConfigView(  # type: ignore[assignment]
             whole, {"num_attention_heads": kept * group, "num_key_value_heads": kept}
         )
+    run_empty(attention)
 
 
 def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor, select: Select = copied) -> None:
@@ -167,10 +170,6 @@ def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
                 )
             if not keep.any():
                 raise MaskError(f"The mask drops all layers of {group.name}: keep at least one.")
-        elif not keep.any() and group.kind not in stack.empty and mask[group.stack][group.layer]:
-            raise MaskError(
-                f"A {units.model_type} does not run without {group.kind}: keep at least one in {group.name}."
-            )
 
 
 def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTrainedModel:

@@ -62,7 +62,7 @@ def verify_architecture(model: PreTrainedModel, inputs: dict[str, torch.Tensor] 
 
 
 def _masks(units: PrunableUnits) -> list[tuple[PruningMask, str]]:
-    """One mask per kind that keeps about half, not the first, and differs from layer to layer."""
+    """One mask per kind that keeps about half, not the first, and differs from layer to layer; one that keeps none."""
 
     def half(group: UnitGroup) -> torch.Tensor:
         keep = torch.arange(group.size) % 2 == (group.layer + 1) % 2
@@ -74,6 +74,8 @@ def _masks(units: PrunableUnits) -> list[tuple[PruningMask, str]]:
         groups = [g for g in units.of_kind(kind) if g.prunable and g.size > 1]
         if groups:
             found.append((PruningMask({g.name: half(g) for g in groups}, units), kind))
+            nothing = {g.name: torch.zeros(g.size, dtype=torch.bool) for g in groups if g.layer == groups[-1].layer}
+            found.append((PruningMask(nothing, units), f"all {kind} of a layer"))
     for name, stack in units.stacks.items():
         free = [i for i in range(units[name].size) if i not in stack.fixed_layers]
         if len(free) > 1 or (free and stack.fixed_layers):

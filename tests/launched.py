@@ -10,9 +10,9 @@ import test_search
 import test_supernet
 import test_trainers
 import torch
+import transformers
 from test_slicing import no_dropout
 from tiny import parameters_as_time, tiny_batch, tiny_model
-from transformers import AutoModelForQuestionAnswering
 
 import hf_prune.latency
 import hf_prune.layer_timing
@@ -48,7 +48,7 @@ def one_shot(out: Path) -> None:
     if not STATE.is_main_process:
         hf_prune.methods.base.latency_table = None  # the main process alone measures
     runs = [(*run, None) for run in product(("bert", "llama", "bart"), configs)]
-    runs += [("bert", label, AutoModelForQuestionAnswering) for label in ("fisher", "kprune")]
+    runs += [("bert", label, transformers.AutoModelForQuestionAnswering) for label in ("fisher", "kprune")]
     for name, label, auto in runs:
         config = copy.deepcopy(configs[label])
         if label == "wanda":
@@ -94,6 +94,22 @@ def gates(out: Path) -> None:
         trainer.save_model()
 
 
+def callback(out: Path) -> None:
+    """Gates in a plain `Trainer`, which adds up the means of the batches."""
+    options = {**TRAINING, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "learning_rate": 1e-6}
+    args = test_trainers.arguments("bert", out / "run", transformers.TrainingArguments, **options)
+    trainer = transformers.Trainer(
+        tiny_model("bert", **test_trainers.NO_DROPOUT),
+        args,
+        train_dataset=test_trainers.examples("bert"),
+        callbacks=[hf_prune.PassCallback(num_heads=3, lambda_base=0.1)],
+    )
+    values = test_trainers.gate_values(trainer)
+    trainer.train()
+    mask = hf_prune.current_mask(trainer.model)
+    torch.save((values, mask.to_dict(), trainer.model.state_dict(), []), out / f"gates-callback-2-{WHO}")
+
+
 def supernet(out: Path) -> None:
     runs = (("bert", "full", 1), ("bert", "linear_random", 2), ("llama", "kd", 2), ("bart", "full", 2))
     for name, strategy, accumulate in runs:
@@ -130,5 +146,5 @@ def search(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    for part in (one_shot, gates, supernet, search):
+    for part in (one_shot, gates, callback, supernet, search):
         part(Path(sys.argv[1]))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as T
+from test_trainers import NO_DROPOUT, arguments, examples, gate_values
 from tiny import SEQ2SEQ, tiny_batch, tiny_model
 from torch.testing import assert_close
 
@@ -58,26 +59,30 @@ def test_pass_in_any_trainer(name, cls, tmp_path):
     hf_prune.save_pretrained(small, tmp_path / "small")
 
 
+@pytest.mark.parametrize("name", ["vit", "bert", "bart", "llama"])
+def test_steps_that_the_trainer_accumulates_are_those_of_large_batches(name, tmp_path):
+    """Also where `Trainer` adds up the means of the batches, and so multiplies the loss of the task."""
+    runs = []
+    for size, accumulate in ((4, 1), (2, 2)):
+        options = dict(per_device_train_batch_size=size, gradient_accumulation_steps=accumulate, max_grad_norm=0.0)
+        args = arguments(name, tmp_path, T.TrainingArguments, max_steps=4, optim="sgd", learning_rate=1e-6, **options)
+        callback = hf_prune.PassCallback(num_heads=3, lambda_base=0.1)
+        callback._draw = lambda args, state: None  # one noise for all of the step makes the gradients comparable
+        model = tiny_model(name, **NO_DROPOUT)
+        trainer = T.Trainer(model, args, train_dataset=examples(name, 16), callbacks=[callback])
+        runs.append(gate_values(trainer))
+        trainer.train()
+        assert callback.adds_means == (name in ("bert", "bart"))
+    for one, two in zip(*runs, strict=True):
+        assert_close(one, two, atol=1e-4, rtol=1e-4)
+
+
 def test_the_callback_alone_and_the_trainer_do_the_same_without_clipping(tmp_path):
     def phi(cls, args_class, callbacks, **options):
-        values = []
-
-        class Spy(T.TrainerCallback):
-            def on_step_end(self, args, state, control, model=None, **kwargs):
-                values.append(hf_prune.trainers.head_gates.HeadGates(model).phi)
-
-        batch = tiny_batch("bert", size=16, labels=True)
-        data = [{key: value[i] for key, value in batch.items()} for i in range(16)]
-        args = args_class(
-            str(tmp_path),
-            max_steps=6,
-            max_grad_norm=0.0,
-            use_cpu=True,
-            save_strategy="no",
-            disable_tqdm=True,
-            **options,
-        )
-        cls(tiny_model("bert"), args, train_dataset=data, callbacks=[*callbacks, Spy()]).train()
+        args = arguments("bert", tmp_path, args_class, max_steps=6, max_grad_norm=0.0, **options)
+        trainer = cls(tiny_model("bert"), args, train_dataset=examples("bert", 16), callbacks=callbacks)
+        values = gate_values(trainer)
+        trainer.train()
         return values
 
     alone = phi(T.Trainer, T.TrainingArguments, [hf_prune.PassCallback(num_heads=4)])

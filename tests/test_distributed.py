@@ -45,7 +45,7 @@ def test_pruning(results, loaded):
             assert torch.allclose(weight, first[1][key], atol=2e-3), key
 
 
-@pytest.mark.parametrize("run", ["bert-1", "bert-2", "llama-2", "bart-2"])
+@pytest.mark.parametrize("run", ["bert-1", "bert-2", "llama-2", "bart-2", "callback-2"])
 def test_gates(loaded, run):
     one, first, second = loaded(f"gates-{run}")
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))

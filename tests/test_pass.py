@@ -170,17 +170,9 @@ def test_penalty_weight():
 @pytest.mark.parametrize("kept", range(13))
 def test_exactly_so_many_heads_are_kept(kept):
     phi = torch.randn(12, generator=torch.Generator().manual_seed(kept)).double()
-    keep = top_heads(phi, kept, modules(3, 4))
+    keep = top_heads(phi, kept)
     assert keep.sum() == kept and (kept in (0, 12) or phi[keep].min() > phi[~keep].max())
-    assert torch.equal(top_heads(torch.full((12,), 9.0), kept, modules(3, 4)), torch.arange(12) < kept)
-
-
-def test_needed_modules_keep_their_best_head():
-    phi = f64(4, 3, 2, 1, -3, -2, -7, -6)
-    module = modules(4, 2)
-    assert top_heads(phi, 3, module, (2, 3)).nonzero().flatten().tolist() == [0, 5, 7]
-    assert top_heads(phi, 2, module, (2, 3)).nonzero().flatten().tolist() == [5, 7]
-    assert top_heads(phi, 4, module).nonzero().flatten().tolist() == [0, 1, 2, 3]
+    assert torch.equal(top_heads(torch.full((12,), 9.0), kept), torch.arange(12) < kept)
 
 
 def test_a_gate_is_random_in_training_and_a_mask_in_evaluation():

@@ -103,7 +103,6 @@ register_architecture(
                 ),
                 _BERT_FEED_FORWARD,
                 fixed_layers=(0,),  # the optional convolution follows the first layer
-                empty=("neurons",),
             ),
         ),
     ),
@@ -169,7 +168,6 @@ register_architecture(
                 FeedForwardSpec(("mlp.c_fc",), "mlp.c_proj", residual="ln_2"),
                 config_neurons="n_inner",
                 config_depth="n_layer",
-                empty=(),
             ),
         ),
         refuse=_refuse_gpt2,
@@ -189,7 +187,6 @@ register_architecture(
                     ("fc1",), "fc2", residual=lambda layer: "final_layer_norm" if layer.do_layer_norm_before else "fc1"
                 ),
                 config_neurons="ffn_dim",
-                empty=("neurons",),
             ),
         ),
     ),
@@ -345,10 +342,8 @@ register_architecture(
     "whisper",
     Architecture(
         (
-            _bart_stack(
-                "encoder", True, empty=("neurons",), fixed_length=lambda config: int(config.max_source_positions)
-            ),
-            _bart_stack("decoder", True, empty=("neurons",)),
+            _bart_stack("encoder", True, fixed_length=lambda config: int(config.max_source_positions)),
+            _bart_stack("decoder", True),
         )
     ),
 )

@@ -91,7 +91,6 @@ class StackSpec:
         per_layer (`tuple[str, ...]`): Attributes of the config with one entry a layer.
         fixed_layers (`tuple[int, ...]`): Layers that do more than the others and can't be dropped.
         decoder (`bool`): The second stack of an encoder-decoder.
-        empty (`tuple[str, ...]`): Kinds of units of which a layer may lose all and still run.
         fixed_length (`Callable`, *optional*): Given the config, the number of tokens of every input of this stack.
     """
 
@@ -106,7 +105,6 @@ class StackSpec:
     per_layer: tuple[str, ...] = ()
     fixed_layers: tuple[int, ...] = ()
     decoder: bool = False
-    empty: tuple[str, ...] = ("heads", "neurons")
     fixed_length: Callable[[Any], int] | None = None
 
 

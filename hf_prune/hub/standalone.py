@@ -9,7 +9,7 @@ import transformers
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .. import layout
+from .. import emptied, layout
 from ..errors import SaveError
 
 MODULE = "modeling_hf_prune"
@@ -53,7 +53,12 @@ def add_standalone_code(model: PreTrainedModel, directory: Path) -> None:
     if not hasattr(transformers, type(model).__name__):
         raise SaveError(f"standalone=True is for classes of transformers, {type(model).__name__} is not one of them.")
     names = sorted({*autos.values(), type(model).__name__})
-    parts: list[Any] = [layout.ConfigView, layout._count, layout._numbers, layout._slice, layout.apply_layout]
+    parts: list[Any] = [
+        *(layout.ConfigView, layout._count, layout._numbers, layout._slice),
+        *(emptied.Emptied, emptied.NoInputs, emptied.NoHeads, emptied._is_empty, emptied._emptied, emptied._remade),
+        emptied.run_empty,
+        layout.apply_layout,
+    ]
     source = _HEAD + "\n\n".join([*map(inspect.getsource, parts), *(_CLASS.format(name=name) for name in names)])
     (directory / f"{MODULE}.py").write_text(source, encoding="utf-8")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))

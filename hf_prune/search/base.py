@@ -6,7 +6,7 @@ groups under grouped-query attention, units are the neurons of feed-forward bloc
 
 A sub-network is what [`apply_mask`] makes of its mask: a block without heads or units still adds its output bias and
 runs its norm, where the paper's code skips it. A layer with neither goes, norms and all. What a family can't lose
-stays in every member: a stack keeps its first layer, and a block that must not be empty its first unit.
+stays in every member: a stack keeps its first layer.
 """
 
 import hashlib
@@ -220,8 +220,6 @@ class SearchSpace(ABC):
                     vector = keep.setdefault(group.name, torch.ones(group.size, dtype=torch.bool))
                     if not keep[stack][index]:
                         vector[:] = False
-                    elif group.kind not in spec.empty and not vector.any():
-                        vector[0] = True
         return PruningMask(keep, self.units)
 
     # The space as a whole

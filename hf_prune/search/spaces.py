@@ -50,17 +50,14 @@ class SmallSpace(SearchSpace):
 class MediumSpace(SearchSpace):
     """MEDIUM: in each layer a number of heads and a number of units, the first: `num_heads_0`, `num_units_0`, ...
 
-    From 0 where the family can do without, and a layer with neither is dropped. A decoder has `num_cross_heads_0` too.
+    From 0, and a layer with neither is dropped. A decoder has `num_cross_heads_0` too.
     Sampled uniformly and independently.
     """
 
     name = "medium"
 
     def _parameters(self) -> dict[str, range]:
-        return {
-            _numbered(label): range(0 if g.kind in self.units.stacks[g.stack].empty else 1, g.size + 1)
-            for label, g in self._groups()
-        }
+        return {_numbered(label): range(g.size + 1) for label, g in self._groups()}
 
     def _keep(self, member: Member) -> dict[str, torch.Tensor]:
         return {g.name: torch.arange(g.size) < member[_numbered(label)] for label, g in self._groups()}

@@ -11,7 +11,8 @@ from .arguments import (
 )
 from .callbacks import GradualSparsityCallback, KeepMaskCallback
 from .distillation import distillation_loss
-from .pass_ import PassCallback, PassTrainer, Seq2SeqPassTrainer
+from .pass_callback import PassCallback
+from .pass_trainer import PassTrainer, Seq2SeqPassTrainer
 from .pruning import PruningTrainer, Seq2SeqPruningTrainer
 from .supernet import Seq2SeqSuperNetTrainer, SuperNetTrainer
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, Trainer
 
 from ..errors import ConfigError
-from ..timing import evaluating
+from .loss_items import divides_by_items
 
 
 def distillation_loss(
@@ -102,22 +102,11 @@ class DistillingTrainer(Trainer):  # type: ignore[misc]  # transformers is not t
         self.teacher_model = teacher_model.to(self.args.device).eval().requires_grad_(False)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        # Trainer takes every forward with **kwargs for one that divides its loss by the number of items, and
-        # multiplies the loss by the number of processes and accumulated batches; many models return a mean.
         own_loss = self.compute_loss_func is None and self.label_smoother is None
         if self._items_unsure and self.model_accepts_loss_kwargs and own_loss and "labels" in (*batch_samples, {})[0]:
             self._items_unsure = False
-            self.model_accepts_loss_kwargs = self._divides_by_items(batch_samples[0], device)
+            self.model_accepts_loss_kwargs = divides_by_items(self.model, self._prepare_inputs(dict(batch_samples[0])))
         return super()._get_num_items_in_batch(batch_samples, device)
-
-    def _divides_by_items(self, batch: dict[str, Any], device: torch.device) -> bool:
-        """Whether the model's own loss is divided by the number of items that it is given."""
-        nan = torch.tensor(float("nan"), device=device)
-        with evaluating(self.model):
-            outputs = self.model(**self._prepare_inputs(dict(batch)), num_items_in_batch=nan)
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs[0]
-        # A batch without labels has no mean in any case: all processes go by those that have labels.
-        return bool(self.accelerator.gather(loss.isnan().any().int().view(1)).all())
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

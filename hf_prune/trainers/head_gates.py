@@ -93,24 +93,19 @@ def penalty_weight(count: int, base: float, growth: float, steps: int) -> float:
     return LAMBDA_CAP if reached else base * growth ** (count / steps)
 
 
-def top_heads(phi: torch.Tensor, num_heads: int, module: torch.Tensor, needed: tuple[int, ...] = ()) -> torch.Tensor:
+def top_heads(phi: torch.Tensor, num_heads: int) -> torch.Tensor:
     """Keep exactly `num_heads` heads, those with the largest φ; of equal ones the first.
 
     Args:
         phi (`torch.Tensor`): φ of all gates, (n,).
         num_heads (`int`): How many.
-        module (`torch.Tensor`): For each gate the index of its attention module, (n,).
-        needed (`tuple[int, ...]`, *optional*): Modules that keep at least their best head.
 
     Returns:
         `torch.Tensor`: bool of shape (n,), `True` = keep.
     """
     order = phi.sort(descending=True, stable=True).indices
     keep = torch.zeros(len(phi), dtype=torch.bool)
-    for index in needed:
-        keep[order[module[order] == index][0]] = True
-    rest = order[~keep[order]]
-    keep[rest[: num_heads - int(keep.sum())]] = True
+    keep[order[:num_heads]] = True
     return keep
 
 
@@ -162,7 +157,6 @@ class HeadGates:
     Attributes:
         groups (`list[UnitGroup]`): The gated groups of heads.
         module (`torch.Tensor`): For each gate the index of its group.
-        needed (`tuple[int, ...]`): Groups that must keep a head, for the family does not run without.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -172,17 +166,14 @@ class HeadGates:
         self.gates = [gate for _, gate in found if isinstance(gate, HeadGate)]
         self.sizes = [group.size for group in self.groups]
         self.module = torch.arange(len(self.groups)).repeat_interleave(torch.tensor(self.sizes, dtype=torch.long))
-        self.needed = tuple(i for i, g in enumerate(self.groups) if "heads" not in units.stacks[g.stack].empty)
 
     def __len__(self) -> int:
         return sum(self.sizes)
 
     def check(self, num_heads: int) -> None:
         """Raise unless exactly this many heads can be kept."""
-        least = max(len(self.needed), 1)
-        if not least <= num_heads <= len(self):
-            why = f", one in each of {len(self.needed)} attention modules that can't be empty" if self.needed else ""
-            raise ConfigError(f"num_heads must be from {least}{why} to {len(self)}, all heads, got {num_heads}.")
+        if not 1 <= num_heads <= len(self):
+            raise ConfigError(f"num_heads must be from 1 to {len(self)}, all heads, got {num_heads}.")
 
     @property
     def phi(self) -> torch.Tensor:

@@ -5,22 +5,19 @@ them end open and the others closed, almost surely; the K heads with the largest
 each attention module that is not empty.
 """
 
-import os
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import Seq2SeqTrainer, TrainerCallback, TrainerState
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 from ..errors import ConfigError
 from ..gates import apply_mask, current_mask, record_inputs, remove_mask
-from ..methods import Paper
 from ..timing import example_inputs
-from .arguments import PassOptions, PassTrainingArguments, Seq2SeqPassTrainingArguments, check_whole_model
+from .arguments import PassOptions, check_whole_model
 from .callbacks import zero_units
 from .confidence import head_confidence
 from .gate_board import GateBoard
@@ -37,7 +34,7 @@ from .head_gates import (
     soft_gates,
     top_heads,
 )
-from .pruning import PruningTrainer
+from .loss_items import divides_by_items
 
 logger = logging.get_logger(__name__)
 _LONG_RUN = 10_000
@@ -83,6 +80,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         self.gates: HeadGates | None = None
         self.gradient: torch.Tensor | None = None
         self.inputs: list[dict[str, Any]] | None = None
+        self.adds_means: bool | None = None  # whether the Trainer adds up means of batches, known after a step
         self.frozen: list[str] = []  # parameters that are trained again afterwards
         self.board: GateBoard | None = None
         self.steps, self.part, self.rate, self.full_rate = 1, 0, 0.0, 1.0
@@ -145,10 +143,10 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         for gate in self.gates.gates:
             gate.float()  # an evaluation before, with bf16_full_eval, has cast the whole model
         self.full_rate = _full_rate(optimizer)
-        self.gradient = self.inputs = None
+        self.gradient = self.inputs = self.adds_means = None
         self._reset()
         if state.global_step:
-            for name, value in _saved_state(self, state)["attributes"].items():
+            for name, value in saved_state(self, state)["attributes"].items():
                 setattr(self, name, value)
             self.moments = torch.tensor(self.moments, dtype=torch.float64)
         run = state.max_steps
@@ -166,6 +164,9 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.part = 0
         self._draw(args, state)
+        if self.adds_means is None:
+            self.first: list[dict[str, Any]] = []
+            self.first_handle = record_inputs(model, self.first)
         if self.reopen and state.global_step + 1 in self.events:
             self.inputs = []
             self.handle = record_inputs(model, self.inputs)
@@ -184,9 +185,17 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
             assert self.gates is not None
             self.gradient = self.gates.take_gradients()
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any
+    ) -> None:
         self.take_gradients()
         assert self.gates is not None and self.gradient is not None
+        if self.adds_means is None:
+            self.first_handle.remove()
+            inputs, self.first = (*self.first, {})[0], []
+            self.adds_means = inputs.get("num_items_in_batch") is not None and not divides_by_items(model, inputs)
+        if self.adds_means:  # the penalty has its weight beside the mean of these batches
+            self.gradient /= (self.part + 1) * (args.world_size if args.average_tokens_across_devices else 1)
         phi = self.gates.phi.requires_grad_()
         gradient = self.gradient + torch.autograd.grad(self.penalty(phi), phi)[0]
         self.gradient = None
@@ -282,7 +291,7 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         return penalty_weight(self.count, self.options.lambda_base, self.options.lambda_growth, self.steps)
 
     def _show_mask(self, gates: HeadGates) -> None:
-        gates.set_mask(top_heads(gates.phi, self.options.num_heads or 0, gates.module, gates.needed))
+        gates.set_mask(top_heads(gates.phi, self.options.num_heads or 0))
 
 
 def _count(phi: torch.Tensor) -> tuple[int, int]:
@@ -302,7 +311,7 @@ def _full_rate(optimizer: Any) -> float:
     return float(rate)
 
 
-def _saved_state(callback: PassCallback, state: TrainerState) -> dict[str, Any]:
+def saved_state(callback: PassCallback, state: TrainerState) -> dict[str, Any]:
     """What a checkpoint holds for a callback, which must be of the same run."""
     saved: dict[str, Any] | None = state.stateful_callbacks.get(type(callback).__name__)
     if saved is None:
@@ -318,93 +327,3 @@ def _saved_state(callback: PassCallback, state: TrainerState) -> dict[str, Any]:
                 "train from its weights in a new run, without resume_from_checkpoint."
             )
     return saved
-
-
-class PassTrainer(PruningTrainer):
-    """A `Trainer` that ends with exactly `num_heads` attention heads: PASS, or PASSCONC with `concentrate=True`.
-
-    It is a [`PruningTrainer`] with a [`PassCallback`], and takes the arguments of both.
-
-    Args:
-        args ([`PassTrainingArguments`]): Its arguments.
-        others: See [`PruningTrainer`].
-
-    Raises:
-        ConfigError, UnsupportedModelError: See [`PassCallback`].
-
-    Examples:
-        ```python
-        >>> args = PassTrainingArguments("out", num_heads=48, num_train_epochs=3, learning_rate=2e-5)
-        >>> trainer = PassTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
-        >>> trainer.train()
-        >>> trainer.save_model()  # shrunk, reloaded and compared
-        ```
-    """
-
-    paper = Paper(
-        "PASS: Pruning Attention Heads with Almost-sure Sparsity Targets",
-        "TMLR 2024",
-        "",
-        "Dujian Ding and Ganesh Jawahar and Laks V. S. Lakshmanan",
-        "https://openreview.net/forum?id=S4duStTKGL",
-    )
-    arguments = PassTrainingArguments
-    _ready = False
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # In front of the others, which then log what it adds to the logs.
-        self.callback_handler.callbacks.insert(0, PassCallback(**self._pass_options()))
-        self.callback.on_init_end(self.args, self.state, self.control, model=self.model)
-        self._ready = True
-
-    def _pass_options(self) -> dict[str, Any]:
-        return {field.name: getattr(self.args, field.name) for field in fields(PassOptions)}
-
-    @property
-    def callback(self) -> PassCallback:
-        """The [`PassCallback`] that trains the gates."""
-        found: PassCallback = next(c for c in self.callback_handler.callbacks if isinstance(c, PassCallback))
-        return found
-
-    @property
-    def method(self) -> str:
-        return "passconc" if self.callback.options.concentrate else "pass"
-
-    def call_model_init(self, trial: Any = None) -> Any:
-        model = super().call_model_init(trial)
-        if self._ready:
-            self.callback.on_init_end(self.args, self.state, self.control, model=model)
-        return model
-
-    def _match_checkpoint(self, folder: str) -> None:
-        _saved_state(self.callback, TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)))
-
-    def _load_callback_state(self) -> None:
-        super()._load_callback_state()
-        # A restored callback comes last.
-        self.callback_handler.callbacks.sort(key=lambda callback: not isinstance(callback, PassCallback))
-
-    def _hp_search_setup(self, trial: Any) -> None:
-        super()._hp_search_setup(trial)
-        self.callback.options = PassOptions(**self._pass_options())
-
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if self.accelerator.sync_gradients:  # before the gradients of the weights are clipped
-            self.callback.take_gradients()
-        return loss
-
-    def options(self) -> dict[str, Any]:
-        found = self.callback
-        chosen = {"gate_learning_rate": found.rate, "lambda_steps": found.steps, "reopen": found.reopen}
-        return {**super().options(), **(chosen if found.rate else {})}  # known once training has begun
-
-    def facts(self) -> dict[str, Any]:
-        return {**super().facts(), "lambda": self.callback.penalty_weight, "saturated": self.callback.saturated}
-
-
-class Seq2SeqPassTrainer(PassTrainer, Seq2SeqTrainer):  # type: ignore[misc]
-    """[`PassTrainer`] with `predict_with_generate`. Its args are [`Seq2SeqPassTrainingArguments`]."""
-
-    arguments = Seq2SeqPassTrainingArguments
