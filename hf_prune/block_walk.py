@@ -6,16 +6,15 @@ that computes; the hidden states between two blocks wait in CPU memory or on dis
 follows the changed encoder.
 """
 
-import os
-import tempfile
+import itertools
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from transformers import PreTrainedModel
 from .calibration import Calibrator, select_real
 from .gates import observe, replace_layers
 from .matrices import Matrix
-from .offload import execution_device, resident
+from .offload import Filed, Shelf, execution_device, fetched, resident
 from .processes import process_state
 from .units import PrunableUnits, base_model
 
@@ -79,9 +78,10 @@ class BlockWalk:
         changes (`bool`, *optional*, defaults to `True`): The weights of a block change while it is visited; what it
             then computes goes into the next. Without changes one pass through each block is enough.
         start (`int`, *optional*, defaults to 0): The first block in which something is observed.
-        folder (`str`, *optional*): Where to keep the hidden states instead of in CPU memory.
-        announce (`Callable`, *optional*): Called before the first block runs, with the bytes of the hidden states
-            that this process holds then.
+        folder (`Path`, *optional*): Where to keep what the blocks read (hidden states, masks, what an encoder
+            returned) instead of in CPU memory.
+        announce (`Callable`, *optional*): Called before the first block runs, with the bytes of what the blocks read
+            that this process keeps then.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class BlockWalk:
         *,
         changes: bool = True,
         start: int = 0,
-        folder: str | None = None,
+        folder: Path | None = None,
         announce: Announce | None = None,
     ) -> None:
         self.announce = announce or (lambda size: None)
@@ -113,6 +113,10 @@ class BlockWalk:
         assert isinstance(layers, nn.ModuleList)
         return layers
 
+    def layer(self, block: Block) -> nn.Module:
+        """The layer of a block."""
+        return self._layers(block.stack)[block.layer]
+
     def visit(self) -> Generator[tuple[Block, dict[str, InputSum]], None, None]:
         """Each block, with the sums over the inputs of its matrices by their names.
 
@@ -125,21 +129,17 @@ class BlockWalk:
             self.announce(0)
             for position in positions:
                 block = self.blocks[position]
-                with resident(self._layers(block.stack)[block.layer], write=self.changes):
+                with resident(self.layer(block), write=self.changes):
                     yield block, {}
             return
-        with self.calibrator.evaluating(), ExitStack() as stack:
-            folder = None
-            if self.folder is not None:
-                os.makedirs(self.folder, exist_ok=True)
-                folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self.folder))
-            stream = _Stream(self.calibrator, self.base, folder)
+        with self.calibrator.evaluating():
+            stream = _Stream(self.calibrator, self.base, Shelf(self.folder))
             for position in positions:
                 block, followed = self.blocks[position], position + 1 < len(self.blocks)
-                layer = self._layers(block.stack)[block.layer]
+                layer = self.layer(block)
                 stream.enter(block)
                 if position == 0:
-                    self.announce(stream.hidden[block.stack].nbytes)
+                    self.announce(stream.shelf.nbytes)
                 with resident(layer, write=self.changes):
                     sums: dict[str, InputSum] = {}
                     if position >= self.start and block.matrices:
@@ -152,10 +152,10 @@ class BlockWalk:
 class _Stream:
     """The hidden states of all batches of this process, on their way through the blocks."""
 
-    def __init__(self, calibrator: Calibrator, base: nn.Module, folder: str | None) -> None:
-        self.calibrator, self.base = calibrator, base
-        self.hidden: dict[str, _Activations] = {}  # by stack; of finished stacks what their last layer returned
-        self.folder = folder
+    def __init__(self, calibrator: Calibrator, base: nn.Module, shelf: Shelf) -> None:
+        self.calibrator, self.base, self.shelf = calibrator, base, shelf
+        # By stack and batch; of finished stacks what their last layer returned.
+        self.hidden: dict[str, dict[int, torch.Tensor | Filed]] = {}
         self.calls: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch and layer: other arguments
         self.real: dict[str, list[torch.Tensor | None]] = {}
         self.first = 0  # the layer whose call is the first in `calls`
@@ -172,7 +172,7 @@ class _Stream:
         stack, at = block.stack, block.layer
         if stack in self.hidden and (stack, at) not in self.gaps:
             return
-        self.hidden.setdefault(stack, _Activations(self.folder, stack))
+        self.hidden.setdefault(stack, {})
         self.calls, self.first, self.real[stack] = [], at, []
         for index, batch in self.calibrator.batches(f"enter {stack}"):
             self.calls.append([])
@@ -189,7 +189,8 @@ class _Stream:
 
     def _replacement(self, stack: str, entered: str, at: int, batch: int) -> Callable[..., Any]:
         """What runs in place of a layer: it hands hidden states on, and notes the calls of the entered stack."""
-        count, moved = len(list(self.base.get_submodule(stack).children())), _Moved("cpu")
+        count, names = len(list(self.base.get_submodule(stack).children())), itertools.count()
+        kept = _Once(torch.Tensor, lambda value: self.shelf.put(f"argument-{batch}-{next(names)}", value))
         extras: tuple[Any, ...] | None = None
         last: torch.Tensor | None = None
 
@@ -198,13 +199,13 @@ class _Stream:
             if index == 0:
                 extras = self._extras(stack, forward, hidden, others)
             if stack != entered or index < at:
-                last = self.hidden[stack][batch].to(hidden.device)
+                last = fetched(self.hidden[stack][batch]).to(hidden.device)
             else:
                 if index == at:
-                    self.hidden[stack][batch] = hidden
+                    self._keep(stack, batch, hidden)
                 elif hidden is not last:
                     self.gaps.add((stack, index))
-                self.calls[-1].append(tree_map(moved, others))
+                self.calls[-1].append(tree_map(kept, others))
                 last = hidden
                 if index == count - 1:
                     raise _Stop
@@ -229,14 +230,14 @@ class _Stream:
         seen: list[str] = []
         final = None  # a projection after which there is nothing to see: what it computes is not needed
         for index in range(len(self.calls)):
-            hidden = self.hidden[block.stack][index]
+            hidden = fetched(self.hidden[block.stack][index])
             real = {True: self.real[self.encoder][index], False: self.real[block.stack][index]}
             watch = _Watch(observation, sums, len(hidden), seen, None if advance else final)
             with observe(layer, {m.path: watch.feed(m, real[m.reads_encoder]) for m in block.matrices}):
                 try:
                     output = self._call(layer, block, index, hidden)
                     if advance:
-                        self.hidden[block.stack][index] = output
+                        self._keep(block.stack, index, output)
                 except _Stop:
                     pass
             if index == 0:
@@ -249,51 +250,34 @@ class _Stream:
     def advance(self, layer: nn.Module, block: Block) -> None:
         """Run all batches through a block."""
         for index in range(len(self.calls)):
-            self.hidden[block.stack][index] = self._call(layer, block, index, self.hidden[block.stack][index])
+            output = self._call(layer, block, index, fetched(self.hidden[block.stack][index]))
+            self._keep(block.stack, index, output)
+
+    def _keep(self, stack: str, batch: int, hidden: torch.Tensor) -> None:
+        self.hidden[stack][batch] = self.shelf.put(f"{stack}-{batch}", hidden)
 
     def _call(self, layer: nn.Module, block: Block, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        moved = _Moved(execution_device(layer))
+        device = execution_device(layer)
+        moved = _Once(torch.Tensor | Filed, lambda kept: fetched(kept).to(device))
         args, kwargs = tree_map(moved, self.calls[index][block.layer - self.first])
-        output = layer(moved(hidden), *args, **kwargs)
+        output = layer(hidden.to(device), *args, **kwargs)
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
 
-class _Moved:
-    """Moves tensors to a device; the same tensor once, so that what layers share stays shared."""
+class _Once:
+    """Changes objects of a kind; the same object once, so that what layers share stays shared."""
 
-    def __init__(self, device: str | torch.device) -> None:
-        self.device = device
-        self.known: dict[int, tuple[Any, torch.Tensor]] = {}
+    def __init__(self, kind: Any, change: Callable[[Any], Any]) -> None:
+        self.kind, self.change = kind, change
+        self.known: dict[int, tuple[Any, Any]] = {}  # with the object itself, whose id would else be free again
 
     def __call__(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
+        if not isinstance(value, self.kind):
             return value
         if id(value) not in self.known:
-            self.known[id(value)] = value, value.to(self.device)
+            self.known[id(value)] = value, self.change(value)
         return self.known[id(value)][1]
-
-
-class _Activations:
-    """Hidden states by the index of their batch, in CPU memory or in files."""
-
-    def __init__(self, folder: str | None, stack: str) -> None:
-        self.folder, self.stack = folder, stack
-        self.kept: dict[int, torch.Tensor] = {}
-        self.nbytes = 0
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self.kept[index] if self.folder is None else load_file(self._path(index))["hidden"]
-
-    def __setitem__(self, index: int, hidden: torch.Tensor) -> None:
-        self.nbytes += hidden.nbytes
-        if self.folder is None:
-            self.kept[index] = hidden.to("cpu")
-        else:
-            save_file({"hidden": hidden.contiguous()}, self._path(index))
-
-    def _path(self, index: int) -> str:
-        return os.path.join(str(self.folder), f"{self.stack}-{index}.safetensors")
 
 
 class _Watch:

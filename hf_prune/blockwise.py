@@ -5,7 +5,7 @@ Each block of a walk is pruned while it is visited, and what is finished can be 
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from transformers.utils import logging
 from .block_walk import BlockWalk, InputSum
 from .errors import CalibrationError, ConfigError
 from .matrices import Matrix
-from .offload import is_offloaded
+from .offload import Filed, Shelf, fetched, is_offloaded, stored
 from .processes import process_state
+from .units import PrunableUnits, base_model
 from .weight_masks import WeightMask, pack, unpack
 
 logger = logging.get_logger(__name__)
@@ -51,14 +52,16 @@ def prune_blocks(
     bits: dict[str, torch.Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     rows: list[dict[str, Any]] = []
-    undo: dict[Matrix, tuple[torch.Tensor, torch.Tensor]] = {}  # where a matrix changes, packed, and what was there
+    # Where a matrix changes, packed, and what was there.
+    undo: dict[Matrix, tuple[torch.Tensor | Filed, torch.Tensor | Filed]] = {}
+    shelf = Shelf(walk.folder)
     offloaded, started, done = is_offloaded(model), False, 0
     try:
         with torch.no_grad(), closing(walk.visit()) as visits:
             for position, (block, sums) in enumerate(visits):
                 started = True
                 dense = {m.name: model.get_parameter(m.name).data for m in block.matrices}
-                digest = _digest(dense) if checkpoints is not None else ""
+                digest = _digest(walk.layer(block).state_dict().items()) if checkpoints is not None else ""
                 saved = checkpoints.load(position, digest) if checkpoints and position < walk.start else None
                 for matrix in block.matrices:
                     weight = matrix.of(model)
@@ -72,7 +75,10 @@ def prune_blocks(
                         bits[matrix.name] = pack(keep.T if matrix.transposed else keep)
                     if not offloaded:
                         changed = weight != new
-                        undo[matrix] = pack(changed), weight[changed].cpu()
+                        undo[matrix] = (
+                            shelf.put(f"changed-{matrix.name}", pack(changed)),
+                            shelf.put(f"before-{matrix.name}", weight[changed]),
+                        )
                     weight.copy_(new)
                     shapes[matrix.name] = tuple(dense[matrix.name].shape)
                     rows.append(
@@ -84,9 +90,10 @@ def prune_blocks(
                 done += 1
     except BaseException:
         with torch.no_grad():
-            for matrix, (changed, before) in undo.items():
+            for matrix, (places, before) in undo.items():
                 weight = matrix.of(model)
-                weight[unpack(changed, tuple(weight.shape)).to(weight.device)] = before.to(weight.device)
+                where = unpack(fetched(places), tuple(weight.shape)).to(weight.device)
+                weight[where] = fetched(before).to(weight.device)
         if offloaded and started:
             logger.error(
                 f"{done} of {len(walk.blocks)} blocks are pruned already, the next perhaps in part: load the model "
@@ -178,9 +185,20 @@ class Checkpoints:
         return self.folder / f"block-{position:04d}.safetensors"
 
 
-def _digest(weights: Mapping[str, torch.Tensor]) -> str:
+def digest_outside(model: PreTrainedModel, units: PrunableUnits) -> str:
+    """SHA-256 of the weights that no block holds: embeddings, norms, head."""
+    names = {module: name for name, module in model.named_modules()}
+    inside = tuple(f"{names[base_model(model).get_submodule(stack)]}." for stack in units.stacks)
+    return _digest(
+        (name, stored(model, name) if value.is_meta else value)
+        for name, value in model.state_dict().items()
+        if not name.startswith(inside)
+    )
+
+
+def _digest(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
-    for name, weight in weights.items():
+    for name, weight in weights:
         digest.update(name.encode())
-        digest.update(weight.cpu().contiguous().view(torch.uint8).numpy().data)
+        digest.update(weight.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,5 +1,7 @@
 """The weight matrices of the projections inside the blocks of a model."""
 
+from collections import defaultdict
+from collections.abc import Hashable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -9,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, UnsupportedModelError, unknown
+from .offload import storages
 from .units import PrunableUnits, base_model, features
 
 
@@ -60,9 +63,9 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
     """
     base = base_model(model)
     prefix = next(f"{name}." if name else "" for name, module in model.named_modules() if module is base)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(_identity(parameter), []).append(name)
+    places, owners = storages(model), defaultdict[Hashable, list[str]](list)
+    for name, place in places.items():
+        owners[place].append(name)
     found, names = [], []
     hits = {pattern: False for pattern in exclude}
     for stack, spec in units.stacks.items():
@@ -78,7 +81,7 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
                 hits |= dict.fromkeys(matching, True)
                 if matching:
                     continue
-                sharing = owners[_identity(module.weight)]
+                sharing = owners[places[name]]
                 if len(sharing) > 1:
                     raise UnsupportedModelError(
                         f"{' and '.join(sharing)} share one weight, which would be pruned for the inputs of one of "
@@ -95,8 +98,3 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
     if not found:
         raise ConfigError("There is nothing left to prune: exclude fewer projections.")
     return found
-
-
-def _identity(parameter: torch.Tensor) -> int:
-    """The same for parameters that share their memory. What is offloaded has none."""
-    return id(parameter) if parameter.is_meta else parameter.data_ptr()

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import multiprocessing
+import os
+import signal
 
 import accelerate
 import pytest
@@ -9,6 +12,7 @@ import torch
 import transformers
 from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 import hf_prune
@@ -20,8 +24,10 @@ from hf_prune import (
     WandaConfig,
     WeightMagnitudeConfig,
 )
+from hf_prune.block_walk import _Stream
 from hf_prune.methods import SparseGPTPruner, WandaPruner
 from hf_prune.methods.weights import keep_highest, wanda_score
+from hf_prune.offload import run_folder
 from hf_prune.units import base_model
 
 
@@ -181,14 +187,91 @@ class TestOffloading:
             hf_prune.prune(model, self.config, [tiny_batch("llama")])
         assert "1 of 3 blocks are pruned already" in caplog.text
 
-    def test_hidden_states_on_disk(self, tmp_path):
-        data = [tiny_batch("bart", size=4, padded=True, seed=seed) for seed in range(2)]
-        masks = []
-        for folder in (None, str(tmp_path)):
-            masks.append(
-                hf_prune.prune(tiny_model("bart"), WandaConfig(sparsity=0.5, offload_folder=folder), data).mask
+
+class TestFilesOfARun:
+    data = [tiny_batch("llama", size=8, padded=True, seed=seed) for seed in range(2)]
+
+    @pytest.mark.parametrize("name", ["bart", "t5", "whisper", "gemma2"])
+    def test_what_blocks_read_waits_on_disk(self, monkeypatch, tmp_path, name):
+        data = [tiny_batch(name, size=4, padded=True, seed=seed) for seed in range(2)]
+        expected = hf_prune.prune(tiny_model(name), WandaConfig(sparsity=0.5), data).mask
+        call, tensors = _Stream._call, []
+
+        def spied(self, *args):
+            tensors.extend(
+                value for value in tree_leaves([self.calls, self.hidden]) if isinstance(value, torch.Tensor)
             )
-        assert masks[0] == masks[1] and not list(tmp_path.iterdir())
+            return call(self, *args)
+
+        monkeypatch.setattr(_Stream, "_call", spied)
+        config = WandaConfig(sparsity=0.5, offload_folder=str(tmp_path / "hidden"))
+        assert hf_prune.prune(tiny_model(name), config, data).mask == expected
+        assert not tensors and not list((tmp_path / "hidden").iterdir())
+
+    def test_what_an_error_puts_back_waits_on_disk(self, monkeypatch, tmp_path):
+        model = tiny_model("llama")
+        dense, solve, files = weights(model), SparseGPTPruner.solve, []
+
+        def failing(self, *args):
+            files[:] = [path.name for path in tmp_path.rglob("before-*")]
+            if len(files) == 8:
+                raise RuntimeError("stop")
+            return solve(self, *args)
+
+        monkeypatch.setattr(SparseGPTPruner, "solve", failing)
+        with pytest.raises(RuntimeError, match="stop"):
+            hf_prune.prune(model, SparseGPTConfig(sparsity=0.5, offload_folder=str(tmp_path)), self.data)
+        assert "before-model.layers.1.self_attn.q_proj.weight.safetensors" in files
+        assert same(weights(model), dense) and not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize("function", ["outlier_share", "wanda_score", "prune_blocks"])
+    def test_an_error_leaves_nothing(self, monkeypatch, tmp_path, function):
+        def failing(*args):
+            assert len(list(tmp_path.rglob("*.safetensors"))) or function == "prune_blocks"
+            raise KeyboardInterrupt("stop")
+
+        monkeypatch.setattr(f"hf_prune.methods.weights.{function}", failing)
+        config = WandaConfig(sparsity=0.5, ratios="owl", offload_folder=str(tmp_path))
+        with pytest.raises(KeyboardInterrupt, match="stop") as caught:
+            hf_prune.prune(tiny_model("llama"), config, self.data)
+        assert caught.tb is not None and not list(tmp_path.iterdir())  # though the error holds all frames
+
+    def test_what_a_killed_run_left_goes_with_the_next(self, tmp_path, caplog):
+        config = WandaConfig(sparsity=0.5, offload_folder=str(tmp_path), checkpoint_dir=str(tmp_path / "blocks"))
+        process = multiprocessing.get_context("fork").Process(target=killed_run, args=(config, self.data))
+        process.start()
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL
+        (left,) = tmp_path.glob("hf_prune-run-*/")
+        assert list(left.glob("*.safetensors"))
+        (tmp_path / "hf_prune-run-notes.txt").write_text("of somebody else")
+        (tmp_path / "tmp").mkdir()
+        with run_folder(str(tmp_path)) as running:
+            assert not left.exists() and f"Removed {left}" in caplog.text
+            (running / "hidden").touch()
+            result = hf_prune.prune(tiny_model("llama"), config, self.data)
+            assert (running / "hidden").exists()  # another run that goes on
+        assert result.mask == hf_prune.prune(tiny_model("llama"), WandaConfig(sparsity=0.5), self.data).mask
+        assert {path.name for path in tmp_path.iterdir()} == {"hf_prune-run-notes.txt", "tmp", "blocks"}
+
+    def test_a_folder_that_can_not_be_made(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        config = WandaConfig(sparsity=0.5, offload_folder=str(tmp_path / "file" / "hidden"))
+        with pytest.raises(ConfigError, match="offload_folder .* can't be made"):
+            hf_prune.prune(tiny_model("llama"), config, self.data)
+
+
+def killed_run(config, data):
+    solve, calls = WandaPruner.solve, []
+
+    def killed(self, *args):
+        calls.append(1)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return solve(self, *args)
+
+    WandaPruner.solve = killed
+    hf_prune.prune(tiny_model("llama"), config, data)
 
 
 def fail_at(monkeypatch, count, error=RuntimeError, pruner=WandaPruner):
@@ -278,11 +361,43 @@ class TestInterruptions:
         with pytest.raises(ConfigError, match="holds no pruned block"):
             hf_prune.prune(tiny_model("llama"), config, [tiny_batch("llama")])
 
+    @pytest.mark.parametrize(
+        "part",
+        ["embed_tokens", "norm", "layers.0.input_layernorm", "layers.1.mlp.down_proj", "layers.1.self_attn.q_proj"],
+    )
+    def test_weights_that_are_not_pruned_belong_to_a_run(self, tmp_path, part):
+        config = WandaConfig(sparsity=0.5, exclude=("*.down_proj",), checkpoint_dir=str(tmp_path))
+        hf_prune.prune(tiny_model("llama", attention_bias=True), config, [tiny_batch("llama")])
+        other = tiny_model("llama", attention_bias=True)
+        list(other.model.get_submodule(part).parameters())[-1].data.add_(1)
+        dense = weights(other)
+        with pytest.raises(ConfigError, match="checkpoint_dir .* holds blocks of a run"):
+            hf_prune.prune(other, config, [tiny_batch("llama")])
+        assert same(weights(other), dense)
+
+    @pytest.mark.parametrize("name", ["llama", "gpt2", "vit", "bart"])
+    def test_an_offloaded_model_continues_the_run_of_a_resident_one(self, monkeypatch, tmp_path, name):
+        config = WandaConfig(sparsity=0.5, checkpoint_dir=str(tmp_path / "run"))
+        expected = hf_prune.prune(tiny_model(name), config, [tiny_batch(name)]).mask
+        fail_at(monkeypatch, 1)
+        for offload in (accelerate.cpu_offload, lambda *_: accelerate.disk_offload(*_, str(tmp_path / "disk"))):
+            model = offload(tiny_model(name))
+            assert hf_prune.prune(model, config, [tiny_batch(name)]).mask == expected
+
     def test_a_folder_that_can_not_be_made(self, tmp_path):
         (tmp_path / "file").write_text("")
         config = WandaConfig(sparsity=0.5, checkpoint_dir=str(tmp_path / "file" / "run"))
         with pytest.raises(ConfigError, match="can't be made"):
             hf_prune.prune(tiny_model("llama"), config, [tiny_batch("llama")])
+
+
+class TwinLlama(transformers.LlamaForCausalLM):
+    """A model that ties two of its projections."""
+
+    _tied_weights_keys = {
+        "lm_head.weight": "model.embed_tokens.weight",
+        "model.layers.2.mlp.up_proj.weight": "model.layers.0.mlp.up_proj.weight",
+    }
 
 
 class TestBadInput:
@@ -343,6 +458,33 @@ class TestBadInput:
         for config in (WandaConfig(sparsity=0.5, exclude=("*.up_proj",)),):
             mask = hf_prune.prune(model, config, [tiny_batch("llama")]).mask
             assert len(mask) == 18
+
+    @pytest.mark.parametrize("offload", ["cpu_offload", "disk_offload", "device_map"])
+    def test_shared_weights_that_are_offloaded(self, tmp_path, offload):
+        model = TwinLlama(tiny_model("llama", tie_word_embeddings=True).config)
+        assert model.model.layers[0].mlp.up_proj.weight is model.model.layers[2].mlp.up_proj.weight
+        if offload == "device_map":
+            model.save_pretrained(tmp_path / "dense")
+            places = {"model.embed_tokens": 0, "model.layers": "disk", "model.norm": 0, "model.rotary_emb": 0}
+            places = {key: "cpu" if value == 0 else value for key, value in places.items()} | {"lm_head": "cpu"}
+            model = TwinLlama.from_pretrained(tmp_path / "dense", device_map=places, offload_folder=tmp_path / "disk")
+        elif offload == "disk_offload":
+            accelerate.disk_offload(model, str(tmp_path / "disk"))
+        else:
+            accelerate.cpu_offload(model)
+        assert all(parameter.is_meta for parameter in model.model.layers.parameters())
+        with pytest.raises(UnsupportedModelError, match="layers.0.mlp.up_proj.weight and .* share one"):
+            hf_prune.prune(model, WandaConfig(sparsity=0.5), [tiny_batch("llama")])
+
+    def test_weights_that_came_to_be_shared_and_are_offloaded(self, tmp_path):
+        models = tiny_model("llama"), tiny_model("llama")
+        for model in models:
+            model.model.layers[2].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+        with pytest.raises(UnsupportedModelError, match="layers.0.mlp.up_proj.weight and .* share one"):
+            hf_prune.prune(accelerate.cpu_offload(models[0]), WandaConfig(sparsity=0.5), [tiny_batch("llama")])
+        # In files these are two weights.
+        model = accelerate.disk_offload(models[1], str(tmp_path / "disk"))
+        hf_prune.prune(model, WandaConfig(sparsity=0.5), [tiny_batch("llama")]).mask.check(model)
 
     def test_an_expert_that_sees_no_token_is_left_alone(self, caplog):
         model = tiny_model("llama")

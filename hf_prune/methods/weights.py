@@ -6,6 +6,7 @@ import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
@@ -14,12 +15,12 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..block_walk import Announce, BlockWalk, Observation
-from ..blockwise import Checkpoints, prune_blocks
+from ..blockwise import Checkpoints, digest_outside, prune_blocks
 from ..calibration import Calibrator
 from ..costs import CostTable
 from ..errors import ConfigError
 from ..matrices import Matrix, weight_matrices
-from ..offload import is_offloaded
+from ..offload import is_offloaded, run_folder
 from ..processes import process_state
 from ..timing import DEFAULT_LENGTH
 from ..units import PrunableUnits
@@ -49,8 +50,8 @@ class WeightPruningConfig(MethodConfig):
             data, and one more pass over them.
         owl_m (`float`, *optional*, defaults to 5.0): OWL's M: an outlier exceeds the mean score M times.
         owl_lambda (`float`, *optional*, defaults to 0.08): OWL's λ: sparsities differ by at most 2λ.
-        offload_folder (`str`, *optional*): Keep the hidden states between two blocks in files there. In CPU memory by
-            default.
+        offload_folder (`str`, *optional*): Keep what the blocks read (hidden states, attention masks, what an encoder
+            returned) and what an error would put back in files there, until the run ends. In CPU memory by default.
         checkpoint_dir (`str`, *optional*): Keep each finished block there. A run that was interrupted continues behind
             them when it is started again in the same way, and ends with the same weights.
 
@@ -233,14 +234,27 @@ class WeightPruner(BasePruner[W]):
                 f"{config.method} zeroes single weights and keeps all shapes. Zeros in dense tensors make a model "
                 "neither smaller nor faster: that takes kernels or files for sparse tensors."
             )
-        checkpoints = None
+        with run_folder(config.offload_folder) as folder:
+            return self._prune(model, units, calibrator, matrices, folder)
+
+    def _prune(
+        self,
+        model: PreTrainedModel,
+        units: PrunableUnits,
+        calibrator: Calibrator | None,
+        matrices: list[Matrix],
+        folder: Path | None,
+    ) -> WeightMask:
+        config, checkpoints = self.config, None
         if config.checkpoint_dir is not None:
             run = [config.to_dict(), calibrator and calibrator.fingerprint, type(model).__name__, str(model.dtype)]
-            checkpoints = Checkpoints(config.checkpoint_dir, json.dumps([*run, [m.name for m in matrices]]))
+            names, outside = [m.name for m in matrices], digest_outside(model, units)
+            checkpoints = Checkpoints(config.checkpoint_dir, json.dumps([*run, names, outside]))
         announce: Announce | None = partial(self._log_memory, model, matrices)
         targets = {}
         if config.ratios == "owl":
-            targets, announce = self._owl_targets(model, units, matrices, calibrator, announce), None
+            targets = self._owl_targets(model, units, matrices, calibrator, folder=folder, announce=announce)
+            announce = None
         walk = BlockWalk(
             model,
             units,
@@ -248,7 +262,7 @@ class WeightPruner(BasePruner[W]):
             calibrator,
             self.observe,
             start=checkpoints.finished() if checkpoints is not None else 0,
-            folder=config.offload_folder,
+            folder=folder,
             announce=announce,
         )
 
@@ -258,19 +272,19 @@ class WeightPruner(BasePruner[W]):
         mask, self._rows = prune_blocks(model, walk, solve, checkpoints)
         return mask
 
-    def _log_memory(self, model: PreTrainedModel, matrices: list[Matrix], hidden_bytes: int) -> None:
+    def _log_memory(self, model: PreTrainedModel, matrices: list[Matrix], input_bytes: int) -> None:
         if not process_state().is_main_process:
             return
         blocks: dict[tuple[str, int], int] = {}
         for matrix in matrices:
             size = 0 if self.observe is None else self.observe(torch.zeros(0, matrix.inputs, device="meta")).nbytes
             blocks[matrix.stack, matrix.layer] = blocks.get((matrix.stack, matrix.layer), 0) + size
-        weights = sum(m.inputs * m.outputs for m in matrices)
+        weights, place = sum(m.inputs * m.outputs for m in matrices), " (on disk)" * bool(self.config.offload_folder)
         parts = {
-            "hidden states" + (" on disk" if self.config.offload_folder else ""): hidden_bytes,
+            f"inputs of a block{place}": input_bytes,
             "statistics of a block": max(blocks.values()),
             "to solve a matrix": max(map(self.workspace, matrices)),
-            "dense weights that change, kept until the end, at most": 0
+            f"dense weights that change, kept until the end{place}, at most": 0
             if is_offloaded(model)
             else weights * model.dtype.itemsize,
             "the mask": weights // 8,
@@ -287,12 +301,11 @@ class WeightPruner(BasePruner[W]):
         units: PrunableUnits,
         matrices: list[Matrix],
         calibrator: Calibrator | None,
-        announce: Announce | None,
+        **options: Any,
     ) -> dict[tuple[str, int], float]:
         """A sparsity for each block, from one pass through the dense model."""
         config, shares, sizes = self.config, {}, {}
         assert config.sparsity is not None
-        options: dict[str, Any] = {"folder": config.offload_folder, "announce": announce}
         walk = BlockWalk(model, units, matrices, calibrator, square_sum, changes=False, **options)
         for block, sums in walk.visit():
             if block.matrices:
