@@ -40,7 +40,11 @@ class Matrix:
         return self.name.removesuffix(".weight")
 
     def of(self, model: nn.Module) -> torch.Tensor:
-        """The matrix as (outputs, inputs): a view of the parameter's data."""
+        """The matrix as (outputs, inputs): a view of the parameter's data.
+
+        Args:
+            model (`nn.Module`): The model that it is of.
+        """
         weight = model.get_parameter(self.name).data
         return weight.T if self.transposed else weight
 
@@ -53,6 +57,9 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
         units ([`PrunableUnits`]): Its units, whose stacks are the blocks. Embeddings and head lie outside.
         exclude (`tuple[str, ...]`, *optional*): Shell patterns of parameters or projections to leave out, such as
             `"model.layers.0.*"` or, relative to the base model, `"layers.*.mlp.down_proj"`.
+
+    Returns:
+        `list[Matrix]`: At least one.
 
     Raises:
         ConfigError: A pattern matches nothing, or all is excluded.
