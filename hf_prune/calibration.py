@@ -58,6 +58,7 @@ class Calibrator:
     Raises:
         CalibrationError: No data, nothing but padding in an example, or inputs that the model does not take.
         ConfigError: An option is out of range.
+        UnsupportedModelError: The model can't be pruned.
 
     Under `accelerate launch` or torchrun every process makes its own Calibrator over the same data and reads its share
     of the batches. Examples are sorted by length before they are batched, which saves most of the padding.
@@ -261,6 +262,9 @@ class Calibrator:
 
     def reduce(self, statistics: Mapping[str, Sums]) -> None:
         """Sum statistics over the processes, and check them.
+
+        Args:
+            statistics (`dict[str, Sums]`): By name of the site, for the message; each is changed in place.
 
         Raises:
             CalibrationError: One is NaN or infinite; the message names the site.

@@ -85,6 +85,10 @@ class CostTable:
             biases).
         rest (`Costs`): Everything else (embeddings, head).
         lengths (`dict[str, float]`): For each stack its n.
+
+    Raises:
+        ConfigError: A length is not positive, or the table of latency is for another model.
+        UnsupportedModelError: The family is unknown, or the model can't be pruned.
     """
 
     def __init__(
@@ -182,6 +186,9 @@ def model_costs(
         model (`PreTrainedModel`): The model, shrunk or not.
         mask ([`PruningMask`], *optional*): Defaults to the one that the model carries.
         sequence_length, target_length (`float`, *optional*): Tokens per example, see [`CostTable`].
+
+    Returns:
+        [`Costs`]: Without latency: that takes a [`CostTable`] with a [`LatencyTable`].
 
     Raises:
         UnsupportedModelError: The family is unknown.

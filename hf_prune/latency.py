@@ -137,7 +137,7 @@ class LatencyTable:
         """Inverse of [`~LatencyTable.to_dict`].
 
         Raises:
-            PruningError: The data are malformed.
+            PruningError: The data are malformed, or of another version.
         """
         try:
             if data["version"] != _VERSION:

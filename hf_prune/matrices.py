@@ -40,11 +40,7 @@ class Matrix:
         return self.name.removesuffix(".weight")
 
     def of(self, model: nn.Module) -> torch.Tensor:
-        """The matrix as (outputs, inputs): a view of the parameter's data.
-
-        Args:
-            model (`nn.Module`): The model that it is of.
-        """
+        """The matrix as (outputs, inputs): a view of the parameter's data."""
         weight = model.get_parameter(self.name).data
         return weight.T if self.transposed else weight
 

@@ -247,6 +247,9 @@ class BasePruner(ABC, Generic[M]):
             model (`PreTrainedModel`): The model.
             units ([`PrunableUnits`]): Its units.
             calibrator ([`Calibrator`], *optional*): The data. `None` only where `wants_data` is `False`.
+
+        Returns:
+            [`PruningMask`] or [`WeightMask`].
         """
 
     def run(
