@@ -31,8 +31,13 @@ def read_batches(
 ) -> list[Any]:
     """Read data once and keep them as batches. Arguments as in [`~hf_prune.Calibrator`].
 
+    Returns:
+        `list`: Examples, sorted by length, as padded batches, dicts of tensors. Batches of a loader as they are,
+        whatever they are; the last one is cut to `max_samples`.
+
     Raises:
-        CalibrationError: The data are of no known form.
+        CalibrationError: The data are of no known form, or text without a tokenizer that knows its words; examples
+            don't fit into one batch; there are several columns of text, and `text_column` names none.
         ConfigError: `text_column` is not in the data.
     """
     if isinstance(data, str | os.PathLike | Mapping):
@@ -50,7 +55,15 @@ def is_causal_lm(model: PreTrainedModel) -> bool:
 
 
 def update_digest(digest: "hashlib._Hash", tensors: Mapping[str, torch.Tensor]) -> "hashlib._Hash":
-    """Feed a digest with tensors and their names, in the order of the names. It comes back."""
+    """Feed a digest with tensors and their names, in the order of the names. It comes back.
+
+    Args:
+        digest (`hashlib` object): The digest, such as `hashlib.sha256()`.
+        tensors (`dict[str, torch.Tensor]`): Tensors on any device. Their bytes count, not their shapes and dtypes.
+
+    Returns:
+        `hashlib` object: The same digest.
+    """
     for name in sorted(tensors):
         values = tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         digest.update(name.encode() + values.numpy().tobytes())

@@ -60,6 +60,9 @@ class Measurement:
 def disk_bytes(directory: str | os.PathLike[str]) -> int:
     """Size of the weights files (`model*.safetensors`) of a checkpoint, in bytes.
 
+    Args:
+        directory (`str` or path): Folder that `save_pretrained` wrote.
+
     Raises:
         ConfigError: There is no such folder, or it holds no weights.
     """
@@ -87,6 +90,9 @@ def peak_memory(
         batch_size (`int`, *optional*, defaults to `1`): Examples in the batch.
         sequence_length (`int`, *optional*, defaults to `128`): Tokens in each example.
         device (`str`, *optional*): `"cpu"`, `"cuda"`. Defaults to the GPU if there is one.
+
+    Returns:
+        `int`: Bytes.
 
     Raises:
         ConfigError: There is no such checkpoint, or a number is out of range.
@@ -133,6 +139,9 @@ def load_checkpoint(checkpoint: str | os.PathLike[str], *, device: str | None = 
     Args:
         checkpoint (`str` or `os.PathLike`): Folder that `save_pretrained` wrote.
         device (`str`, *optional*): `"cpu"`, `"cuda"`. Defaults to the GPU if there is one.
+
+    Returns:
+        `PreTrainedModel`: In evaluation mode.
 
     Raises:
         ConfigError: There is no such checkpoint, or transformers has no such class.
@@ -215,6 +224,15 @@ def comparison_table(rows: Sequence[Measurement]) -> str:
     """Rows of [`compare`] as a Markdown table: a column for each checkpoint, then how it stands against the first one.
 
     Scores are compared by their difference, everything else by its ratio (×).
+
+    Args:
+        rows (`list[Measurement]`): At least one; only metrics that the first one has are shown.
+
+    Returns:
+        `str`: The table, and below it the conditions of the measurement.
+
+    Raises:
+        ConfigError: There are no rows.
     """
     check_whole(1, rows=len(rows))
     first, *others = rows
@@ -240,7 +258,14 @@ def comparison_table(rows: Sequence[Measurement]) -> str:
 
 
 def setting(row: Measurement) -> str:
-    """The conditions of a measurement, in words, for the foot of a table or a figure."""
+    """The conditions of a measurement, in words, for the foot of a table or a figure.
+
+    Args:
+        row ([`Measurement`]): With at least one latency.
+
+    Returns:
+        `str`: `"128 tokens, float32, CPU, 1 thread; peak memory at batch 8, libraries excluded"`.
+    """
     run = row.latency[0]
     where = "CPU, 1 thread" if run.threads == 1 else f"CPU, {run.threads} threads"
     device = where if run.device == "cpu" else run.device

@@ -34,16 +34,24 @@ Announce = Callable[[int], None]
 class InputSum:
     """A sum over the tokens that go into a projection.
 
+    Args:
+        zeros (`torch.Tensor`): The sum over no tokens.
+
     Attributes:
         total (`torch.Tensor`): The sum.
-        count (`torch.Tensor`): The number of tokens, of shape ().
+        count (`torch.Tensor`): The number of tokens, float64 of shape ().
     """
 
     def __init__(self, zeros: torch.Tensor) -> None:
         self.total, self.count = zeros, torch.zeros((), dtype=torch.float64, device=zeros.device)
 
     def add(self, total: torch.Tensor, count: int) -> None:
-        """Take the sum over some tokens."""
+        """Take the sum over some tokens.
+
+        Args:
+            total (`torch.Tensor`): The sum, in the shape of `total` so far.
+            count (`int`): The number of tokens.
+        """
         self.total += total
         self.count += count
 
@@ -54,7 +62,13 @@ class InputSum:
 
 @dataclass(frozen=True)
 class Block:
-    """A layer of a stack, and the matrices in it that are pruned."""
+    """A layer of a stack, and the matrices in it that are pruned.
+
+    Args:
+        stack (`str`): The stack.
+        layer (`int`): Index of the layer in its stack.
+        matrices (`tuple[Matrix, ...]`): The matrices to prune. Empty where `exclude` keeps all of them.
+    """
 
     stack: str
     layer: int
@@ -120,8 +134,14 @@ class BlockWalk:
     def visit(self) -> Generator[tuple[Block, dict[str, InputSum]], None, None]:
         """Each block, with the sums over the inputs of its matrices by their names.
 
+        Yields:
+            [`Block`] and `dict[str, InputSum]`: A block, whose weights are on the device that computes and, with
+            `changes`, may be changed until the next one is asked for; and the sums over all processes, empty where
+            nothing is observed.
+
         Raises:
-            CalibrationError: A sum is NaN or infinite; the message names the projection.
+            CalibrationError: A sum is NaN or infinite, or the padding of its inputs can't be told apart; the message
+                names the projection.
         """
         quiet = not process_state().is_main_process or None
         positions = tqdm(range(len(self.blocks)), desc="prune blocks", disable=quiet, leave=False)

@@ -44,7 +44,12 @@ def prune_blocks(
         checkpoints ([`Checkpoints`], *optional*): Where finished blocks are kept.
 
     Returns:
-        [`WeightMask`], and for each matrix a row of a report.
+        [`WeightMask`], and for each matrix a row of a report: `name`, `stack`, `layer`, `size`, and how many of its
+        weights are zero (`zeros`) and were so before (`zeros_before`).
+
+    Raises:
+        CalibrationError: What was observed, or a new weight, is NaN or infinite; the message names the projection.
+        ConfigError: A checkpoint is of a run that started from other weights, or is damaged.
 
     After an error the weights are as they were. Those of an offloaded model would not fit twice into memory: the log
     says how many blocks are pruned already.
@@ -141,7 +146,11 @@ class Checkpoints:
             raise ConfigError(f"checkpoint_dir {str(folder)!r} can't be made: {error.strerror}.") from error
 
     def finished(self) -> int:
-        """Number of blocks that all processes find."""
+        """Number of blocks that all processes find.
+
+        Raises:
+            ConfigError: The folder holds blocks of another run, or a file that holds none.
+        """
         count = 0
         while self._path(count).exists():
             if self._head(count)["run"] != self.run:
@@ -155,8 +164,16 @@ class Checkpoints:
     def load(self, position: int, digest: str) -> dict[str, torch.Tensor]:
         """The weights of a block, and the packed masks under `name:keep`.
 
+        Args:
+            position (`int`): Number of the block, counted over all stacks.
+            digest (`str`): SHA-256 of the weights that the block has now, before it is pruned.
+
+        Returns:
+            `dict[str, torch.Tensor]`: By name of a parameter its pruned weight as it is stored in the model, and under
+            `name:keep` its mask as [`~hf_prune.weight_masks.pack`] writes it.
+
         Raises:
-            ConfigError: The run started from other weights.
+            ConfigError: The run started from other weights, or the file holds no block.
         """
         if self._head(position)["dense"] != digest:
             raise ConfigError(
@@ -166,7 +183,14 @@ class Checkpoints:
         return dict(load_file(self._path(position)))
 
     def save(self, position: int, digest: str, weights: Mapping[str, torch.Tensor], bits: Any) -> None:
-        """Write a block. All processes have the same, the main one writes."""
+        """Write a block. All processes have the same, the main one writes.
+
+        Args:
+            position (`int`): Number of the block, counted over all stacks.
+            digest (`str`): SHA-256 of the weights that the block had before it was pruned.
+            weights (`dict[str, torch.Tensor]`): The pruned weights by name of their parameter.
+            bits (`dict[str, torch.Tensor]`): Their packed masks by the same names; others are left out.
+        """
         if process_state().is_main_process:
             tensors = {name: weight.cpu().contiguous() for name, weight in weights.items()}
             tensors |= {f"{name}:keep": bits[name] for name in weights}

@@ -58,6 +58,7 @@ class Calibrator:
     Raises:
         CalibrationError: No data, nothing but padding in an example, or inputs that the model does not take.
         ConfigError: An option is out of range.
+        UnsupportedModelError: The model can't be pruned.
 
     Under `accelerate launch` or torchrun every process makes its own Calibrator over the same data and reads its share
     of the batches. Examples are sorted by length before they are batched, which saves most of the padding.
@@ -106,7 +107,13 @@ class Calibrator:
         return self.samples
 
     def describe(self) -> dict[str, Any]:
-        """What a report says about the data."""
+        """What a report says about the data.
+
+        Returns:
+            `dict`: `samples`, `tokens`, `mean_length` (tokens of an example, on the encoder's or only side), `sha256`;
+            of a `datasets.Dataset` also where it comes from, as far as it knows: `dataset`, `config`, `split`,
+            `revision`.
+        """
         return {
             "samples": self.samples,
             "tokens": self.tokens,
@@ -118,13 +125,29 @@ class Calibrator:
     # Running
 
     def batches(self, description: str) -> Iterator[tuple[int, Batch]]:
-        """This process's batches with their indices, on the model's device, with a progress bar."""
+        """This process's batches with their indices, on the model's device, with a progress bar.
+
+        Args:
+            description (`str`): Of the progress bar.
+
+        Yields:
+            `int` and `dict[str, torch.Tensor]`: The index of the batch among those of this process, as in `examples`,
+            and the batch.
+        """
         quiet = not process_state().is_main_process or None  # None: only where stderr is a terminal
         for index, batch in enumerate(tqdm(self._batches, desc=description, disable=quiet, leave=False)):
             yield index, send_to_device(batch, execution_device(self.model))
 
     def split(self, every: int) -> tuple["Calibrator", "Calibrator"]:
         """Two parts of the data: all examples but each `every`-th, and those.
+
+        Args:
+            every (`int`): Held out are the examples number `every`, 2·`every`, ... in the order of the batches of all
+                processes.
+
+        Returns:
+            `tuple[Calibrator, Calibrator]`: The larger part and the held-out one. `tokens`, `lengths` and
+            `fingerprint` stay those of the whole.
 
         Raises:
             CalibrationError: There are fewer examples than `every`.
@@ -143,6 +166,13 @@ class Calibrator:
         """The same data in smaller batches: of at most so many tokens, padding included, or of one example.
 
         A backward pass holds the activations of all layers for a batch, where inference holds those of one.
+
+        Args:
+            tokens (`int`, *optional*, defaults to 512): The most tokens in a batch. Without `input_ids` an example
+                counts as the longer of its mean `lengths`.
+
+        Returns:
+            [`Calibrator`]: A copy; each batch is a part of one of this one.
         """
         longest = math.ceil(max(length or 0 for length in self.lengths))
 
@@ -166,7 +196,15 @@ class Calibrator:
         return other
 
     def forward(self, batch: Batch, model: PreTrainedModel | None = None) -> Any:
-        """One forward pass without a KV cache, of the calibrator's model or of another one of its class."""
+        """One forward pass without a KV cache, of the calibrator's model or of another one of its class.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): A batch as [`~Calibrator.batches`] yields it.
+            model (`PreTrainedModel`, *optional*): The other model.
+
+        Returns:
+            `ModelOutput`: What the model returns.
+        """
         cached = {"use_cache": False} if "use_cache" in self._accepted else {}
         return (model if model is not None else self.model)(**batch, **cached)
 
@@ -225,6 +263,9 @@ class Calibrator:
     def reduce(self, statistics: Mapping[str, Sums]) -> None:
         """Sum statistics over the processes, and check them.
 
+        Args:
+            statistics (`dict[str, Sums]`): By name of the site, for the message; each is changed in place.
+
         Raises:
             CalibrationError: One is NaN or infinite; the message names the site.
         """
@@ -239,7 +280,14 @@ class Calibrator:
         return evaluating(self.model)
 
     def real_tokens(self, batch: Batch, stack: str) -> torch.Tensor | None:
-        """Which positions of a batch are real in a stack: bool of shape (batch, tokens), `None` if all are."""
+        """Which positions of a batch are real in a stack: bool of shape (batch, tokens), `None` if all are.
+
+        Args:
+            batch (`dict[str, torch.Tensor]`): The batch.
+            stack (`str`): The stack, by its name in [`PrunableUnits`]. In a decoder that follows an encoder the
+                positions are those of its own input: where that is made of labels, real is all but -100; where it has
+                no mask, all up to the last token that is no padding.
+        """
         spec = self.units.stacks[stack]
         if spec.fixed_length is not None:
             return None
@@ -354,6 +402,14 @@ class Calibrator:
 
 
 def not_finite(name: str | None) -> CalibrationError:
+    """The error for statistics that are NaN or infinite. It is returned, not raised.
+
+    Args:
+        name (`str`, *optional*): The site or layer whose inputs they are; without one, the predictions or the loss.
+
+    Returns:
+        `CalibrationError`: What is wrong, and what to try.
+    """
     what = "The predictions or the loss" if name is None else f"The inputs of {name}"
     below = "" if name is None else " below it"
     return CalibrationError(
@@ -373,7 +429,19 @@ def _pair(comparison: Comparison, real: torch.Tensor | None, name: str) -> tuple
 
 
 def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> torch.Tensor:
-    """The rows of real tokens: (batch, tokens, columns) or (batch * tokens, columns) -> (real tokens, columns)."""
+    """The rows of real tokens: (batch, tokens, columns) or (batch * tokens, columns) -> (real tokens, columns).
+
+    Args:
+        inputs (`torch.Tensor`): What a module was given.
+        real (`torch.Tensor`, *optional*): bool of shape (batch, tokens). Without it all tokens are real.
+        name (`str`): The module, for the message.
+
+    Returns:
+        `torch.Tensor`: The rows, in the order of the tokens.
+
+    Raises:
+        CalibrationError: There are more or fewer tokens than `real` has.
+    """
     rows = inputs.reshape(-1, inputs.shape[-1])
     if real is None or (real.numel() == len(rows) and real.all()):
         return rows

@@ -48,7 +48,15 @@ def comparison_rows(reports: Mapping[str, PruningReport]) -> list[dict[str, Any]
 
 
 def comparison_cells(reports: Mapping[str, PruningReport]) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the table of several reports: costs as shares of the dense model's, quality and its change."""
+    """Head and lines of the table of several reports: costs as shares of the dense model's, quality and its change.
+
+    Args:
+        reports (`dict[str, PruningReport]`): The reports by name.
+
+    Returns:
+        `list[str]` and `list[list[str]]`: The cells of the head and of a line for each report. Costs that no report
+        has are left out; `"-"` where a report has none.
+    """
     rows = comparison_rows(reports)
     metrics = dict.fromkeys(metric for row in rows for metric in row["quality"])
     titles = {"macs": "MACs", "params": "parameters", "memory": "memory", "latency": "latency", "zeros": "zeros"}
@@ -64,7 +72,14 @@ def comparison_cells(reports: Mapping[str, PruningReport]) -> tuple[list[str], l
 
 
 def comparison_markdown(reports: Mapping[str, PruningReport]) -> str:
-    """Several reports as a Markdown table, see [`comparison_rows`]."""
+    """Several reports as a Markdown table, see [`comparison_rows`].
+
+    Args:
+        reports (`dict[str, PruningReport]`): The reports by name.
+
+    Returns:
+        `str`: The table, and below it what the shares are of.
+    """
     models = dict.fromkeys(f"{report.model_class} ({report.model_type})" for report in reports.values())
     foot = f"Shares of the dense model's, {', '.join(models)}. {masked_note(reports)}".rstrip()
     return f"{markdown_table(*comparison_cells(reports))}\n\n{foot}"

@@ -26,6 +26,10 @@ def compressed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Args:
         tensors (mapping of `str` to `torch.Tensor`): Tensors by name. Matrices of floating-point numbers that become
             smaller are taken apart; the others are returned as they are.
+
+    Returns:
+        `dict[str, torch.Tensor]`: For a tensor that is taken apart its values that are not zero, of its dtype and one
+        dimension; `.hf_prune_bits`, packed as by [`~hf_prune.weight_masks.pack`]; `.hf_prune_shape`, int64.
     """
     parts: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
@@ -87,6 +91,10 @@ def expanded(state: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         state (mapping of `str` to tensors or slices of safetensors): Tensors by name.
+
+    Returns:
+        `dict[str, Any]`: Under the names of the model. What was a slice of safetensors is one still, and is built when
+        it is read.
 
     Raises:
         LayoutError: Parts are missing, or don't fit together.

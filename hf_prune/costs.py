@@ -85,6 +85,10 @@ class CostTable:
             biases).
         rest (`Costs`): Everything else (embeddings, head).
         lengths (`dict[str, float]`): For each stack its n.
+
+    Raises:
+        ConfigError: A length is not positive, or the table of latency is for another model.
+        UnsupportedModelError: The family is unknown, or the model can't be pruned.
     """
 
     def __init__(
@@ -135,14 +139,29 @@ class CostTable:
             self.rest += Costs(latency=latency.rest)
 
     def several(self, name: str, count: int) -> Costs:
-        """What `count` units of a group cost. Only their latency is not proportional to their number."""
+        """What `count` units of a group cost. Only their latency is not proportional to their number.
+
+        Args:
+            name (`str`): The group of heads or neurons.
+            count (`int`): How many of its units, from 0 to all.
+
+        Returns:
+            [`Costs`]: Without what the layer costs anyway.
+        """
         costs = self.unit[name] * count
         if self.latency is None or name not in self.latency.units:
             return costs
         return replace(costs, latency=float(self.latency.units[name][count]))
 
     def of(self, mask: PruningMask | None = None) -> Costs:
-        """The costs of the model that `mask` leaves; without one, of the whole model."""
+        """The costs of the model that `mask` leaves; without one, of the whole model.
+
+        Args:
+            mask ([`PruningMask`], *optional*): What stays, for these units: it is not checked.
+
+        Returns:
+            [`Costs`]: Of all layers that stay, and the rest of the model.
+        """
         total = self.rest
         for stack, layers in self.layer.items():
             for index, fixed in enumerate(layers):
@@ -167,6 +186,9 @@ def model_costs(
         model (`PreTrainedModel`): The model, shrunk or not.
         mask ([`PruningMask`], *optional*): Defaults to the one that the model carries.
         sequence_length, target_length (`float`, *optional*): Tokens per example, see [`CostTable`].
+
+    Returns:
+        [`Costs`]: Without latency: that takes a [`CostTable`] with a [`LatencyTable`].
 
     Raises:
         UnsupportedModelError: The family is unknown.

@@ -21,6 +21,9 @@ Layer = tuple[str, int]  # stack, index
 class BlockInfluence:
     """Streaming Block Influence of one layer.
 
+    Args:
+        device (`torch.device`): Where the sums are kept.
+
     Attributes:
         total (`torch.Tensor`): Sum of 1 − cos(before, after) over tokens, float64 of shape ().
         count (`torch.Tensor`): Number of tokens, of shape ().
@@ -30,7 +33,11 @@ class BlockInfluence:
         self.total, self.count = torch.zeros(2, dtype=torch.float64, device=device).unbind()
 
     def update(self, before: torch.Tensor, after: torch.Tensor) -> None:
-        """Take the hidden states of some tokens before and after the layer, both (tokens, hidden)."""
+        """Take the hidden states of some tokens.
+
+        Args:
+            before, after (`torch.Tensor`): What goes into the layer and what comes out, both (tokens, hidden).
+        """
         cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
         self.total += (1 - cosine).sum(dtype=torch.float64)
         self.count += len(cosine)
@@ -46,7 +53,17 @@ class BlockInfluence:
 
 
 def block_influence(calibrator: Calibrator) -> dict[str, list[float]]:
-    """The Block Influence of all layers, by stack, from one pass over the data; no hidden states are kept."""
+    """The Block Influence of all layers, from one pass over the data; no hidden states are kept.
+
+    Args:
+        calibrator ([`Calibrator`]): The data, and the model.
+
+    Returns:
+        `dict[str, list[float]]`: For each stack BI of its layers, from 0 to 2; the lower, the less a layer does.
+
+    Raises:
+        CalibrationError: A hidden state is NaN or infinite; the message names the layer.
+    """
     device = calibrator.model.device
     layers = {
         f"{g.name}.{i}": BlockInfluence(device) for g in calibrator.units.of_kind("layers") for i in range(g.size)
@@ -56,7 +73,20 @@ def block_influence(calibrator: Calibrator) -> dict[str, list[float]]:
 
 
 def droppable(units: PrunableUnits, exclude: tuple[str, ...] = ()) -> dict[str, list[int]]:
-    """By stack, the layers that others of the family don't need and of which `exclude` keeps no units whole."""
+    """The layers that can be dropped: others of the family don't need them, and `exclude` keeps no units of them
+    whole.
+
+    Args:
+        units ([`PrunableUnits`]): Units of the model.
+        exclude (`tuple[str, ...]`, *optional*): Shell patterns of unit groups that stay.
+
+    Returns:
+        `dict[str, list[int]]`: For each stack the indices of such layers, ascending. A stack has to keep one of its
+        layers even where all can be dropped.
+
+    Raises:
+        ConfigError: A pattern matches nothing.
+    """
     excluded = units.matching(exclude)
     return {
         name: [
@@ -83,7 +113,8 @@ def drop_layers(
         The mask and the [`block_influence`] of all layers.
 
     Raises:
-        ConfigError: The model has fewer layers that can be dropped.
+        ConfigError: The model has fewer layers that can be dropped, or a pattern in `exclude` matches nothing.
+        CalibrationError: A hidden state is NaN or infinite; the message names the layer.
     """
     units = calibrator.units
     most = sum(min(len(free), units[stack].size - 1) for stack, free in droppable(units, exclude).items())
@@ -108,8 +139,12 @@ def drop_to_budget(
         budget (`dict[str, float]`): See [`~hf_prune.selection.resolve_budget`].
         exclude (`tuple[str, ...]`, *optional*): Shell patterns of unit groups that stay, and so do their layers.
 
+    Returns:
+        [`PruningMask`]: Of whole layers: heads and neurons are all kept.
+
     Raises:
         InfeasibleBudgetError: It can't be met; the message names the nearest that can.
+        ConfigError: The budget is malformed, or a pattern in `exclude` matches nothing.
     """
     limits = resolve_budget(budget, table.of())
     order = _order(table.units, influence, exclude)

@@ -37,10 +37,14 @@ def predictions(
     Args:
         model (`PreTrainedModel`): The model.
         outputs (`ModelOutput`): What its forward pass returned.
-        real (`torch.Tensor`, *optional*): Which tokens are real, (batch, tokens); all by default.
+        real (`torch.Tensor`, *optional*): Which tokens are real, bool of shape (batch, tokens); all by default.
+
+    Returns:
+        `list[Predictions]`: In float32. A row is an example; for models of tokens a real token; where several labels
+        hold at once a label, against its absence.
 
     Raises:
-        UnsupportedModelError: The head is of another kind.
+        UnsupportedModelError: The head is of another kind, or predicts for other positions than the input has.
     """
     rows = [len(value) for value in outputs.values() if isinstance(value, torch.Tensor) and value.dim()]  # no loss
     config, single = model.config, [1] * (len(real) if real is not None else rows[0])
@@ -82,11 +86,14 @@ def _of_tokens(
 
 
 def divergence(student: Predictions, teacher: Predictions, temperature: float = 1.0) -> torch.Tensor:
-    """γ²·KL(softmax(teacher/γ) ‖ softmax(student/γ)), or the squared error, of each prediction: (rows,).
+    """γ²·KL(softmax(teacher/γ) ‖ softmax(student/γ)), or the squared error, of each prediction.
 
     Args:
         student, teacher ([`Predictions`]): Of the same batch.
-        temperature (`float`, *optional*, defaults to 1.0): γ.
+        temperature (`float`, *optional*, defaults to 1.0): γ. The squared error of numbers has none.
+
+    Returns:
+        `torch.Tensor`: One for each row, of shape (rows,); of numbers the mean over their columns.
     """
     if student.numbers:
         return (student.logits - teacher.logits).square().mean(1)

@@ -52,6 +52,10 @@ class SaveError(PruningError, OSError):
 def check_whole(least: int, /, **numbers: object) -> None:
     """Raise unless all numbers are whole and at least `least`.
 
+    Args:
+        least (`int`): The least that is legal.
+        numbers: What to check, by the names that the message uses. A bool or a float is no whole number.
+
     Raises:
         ConfigError: One is not; it is named as the argument.
     """
@@ -63,6 +67,9 @@ def check_whole(least: int, /, **numbers: object) -> None:
 def check_positive(**numbers: object) -> None:
     """Raise unless all numbers are positive and finite.
 
+    Args:
+        numbers: What to check, by the names that the message uses. A bool is no number.
+
     Raises:
         ConfigError: One is not; it is named as the argument.
     """
@@ -72,7 +79,17 @@ def check_positive(**numbers: object) -> None:
 
 
 def unknown(what: str, given: object, known: Iterable[str], then: str = "") -> str:
-    """Message for a name that is not among the known ones, with the closest match."""
+    """Message for a name that is not among the known ones, with the closest match.
+
+    Args:
+        what (`str`): What it is a name of: `"metric in budget"`.
+        given: The name, or what was given for one.
+        known (iterable of `str`): The legal names; the message sorts them.
+        then (`str`, *optional*): What the message ends with, such as what to do.
+
+    Returns:
+        `str`: `"Unknown metric in budget 'mac'. Did you mean 'macs'? Known: latency, macs, memory, params."`
+    """
     names = sorted(known)
     close = difflib.get_close_matches(str(given), names, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""

@@ -66,7 +66,18 @@ class Evaluator:
         return 1 - value if self.greater_is_better else value
 
     def measure(self, model: PreTrainedModel) -> float:
-        """The metric of a model of the calibrator's class. NaN where a logit or the loss is NaN or infinite."""
+        """The metric of a model of the calibrator's class.
+
+        Args:
+            model (`PreTrainedModel`): The model, such as a sub-network of the calibrator's.
+
+        Returns:
+            `float`: Over the examples of all processes. NaN where a logit or the loss is NaN or infinite.
+
+        Raises:
+            ConfigError: The model returns no logits, or no loss for these labels; logits and labels don't fit; or
+                `compute_metrics` does not return the metric.
+        """
         measure = self._loss if self.compute_metrics is None else self._predictions
         with evaluating(model):
             mine = [

@@ -44,7 +44,8 @@ def export_model(model: PreTrainedModel, output: str | os.PathLike[str], format:
         loads it again from the folder.
 
     Raises:
-        ConfigError: The format is unknown, the model is masked, or the folder holds a model.
+        ConfigError: The format is unknown, the model is masked, or the folder is a file or holds a model.
+        UnsupportedModelError: The family is unknown, or the model can't be pruned.
         PruningError: Packages are missing, transformers can't export this family, or the graph computes something
             else.
 

@@ -41,6 +41,7 @@ class MaskGate(nn.Module):
         self.register_buffer("pruned_columns", ~columns, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Inputs of shape (..., columns) with zeros in the pruned columns."""
         return x.masked_fill(self.pruned_columns, 0)  # exact where 0 * inf would be NaN
 
 
@@ -58,7 +59,13 @@ def _skip_layer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def attach_gate(module: nn.Module, gate: nn.Module) -> None:
-    """Let `gate` transform the input of a projection from now on. One gate a projection: an older one is replaced."""
+    """Let `gate` transform the input of a projection from now on. One gate a projection: an older one is replaced.
+
+    Args:
+        module (`nn.Module`): The projection; a layer, if the gate is a [`SkipGate`].
+        gate (`nn.Module`): Called with what goes in first, of shape (..., columns), returns what goes in instead. A
+            [`SkipGate`] is never called: it makes the layer return its input.
+    """
     detach_gate(module)
     _attach(module, gate)
 
@@ -90,7 +97,7 @@ def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
 
     Raises:
         MaskError: The mask is for another model.
-        UnsupportedModelError: The model is offloaded.
+        UnsupportedModelError: The model is offloaded, or of a kind that can't be pruned.
     """
     refuse_offloaded(model)
     units = prunable_units(model)
@@ -111,7 +118,7 @@ def apply_mask(model: PreTrainedModel, mask: PruningMask) -> None:
 
 
 def remove_mask(model: PreTrainedModel) -> None:
-    """Give a masked model its dense function back."""
+    """Give a masked model its dense function back. Nothing happens to a model without a mask."""
     for module, _ in _mask_gates(model):
         detach_gate(module)
 
@@ -134,7 +141,11 @@ def _mask_gates(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Module]]:
 
 
 def current_mask(model: PreTrainedModel) -> PruningMask | None:
-    """The mask that [`apply_mask`] put on a model, `None` if there is none."""
+    """The mask that [`apply_mask`] put on a model, `None` if there is none.
+
+    Raises:
+        UnsupportedModelError: The model is of a kind that can't be pruned.
+    """
     units, base, keep = prunable_units(model), base_model(model), {}
     for group in units.values():
         if group.kind == "layers":
@@ -155,7 +166,16 @@ def current_mask(model: PreTrainedModel) -> PruningMask | None:
 def masked_columns(
     model: PreTrainedModel, units: PrunableUnits, mask: PruningMask
 ) -> Iterator[tuple[UnitGroup, torch.Tensor]]:
-    """Groups of heads and neurons with pruned units, each with the indices of the pruned input columns of its site."""
+    """Groups of heads and neurons with pruned units, each with the indices of the pruned input columns of its site.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        units ([`PrunableUnits`]): Its units.
+        mask ([`PruningMask`]): What stays. Groups in layers that it drops count by their own vectors.
+
+    Yields:
+        [`UnitGroup`] and `torch.Tensor`: The group, and int64 of shape (pruned columns,), ascending.
+    """
     for group in units.of_kind("heads", "neurons"):
         if not mask[group.name].all():
             yield group, kept_columns(group, ~mask[group.name])
@@ -195,7 +215,15 @@ def observe(
 
 
 def record_inputs(model: nn.Module, calls: list[dict[str, Any]]) -> RemovableHandle:
-    """Append the keyword arguments of every call of a model to `calls`, until the handle is removed."""
+    """Append the keyword arguments of every call of a model to `calls`, until the handle is removed.
+
+    Args:
+        model (`nn.Module`): The model.
+        calls (`list`): Where they go. The tensors in them are not copied.
+
+    Returns:
+        `RemovableHandle`: Its `remove()` ends the recording.
+    """
 
     def call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(kwargs)
@@ -298,6 +326,9 @@ def record_calls(root: nn.Module, stacks: Iterable[str]) -> Iterator[dict[str, L
     Args:
         root (`nn.Module`): The base model.
         stacks (iterable of `str`): The stacks to record.
+
+    Yields:
+        `dict[str, LayerCalls]`: By stack, as far as its layers have run.
     """
     calls: dict[str, LayerCalls] = {}
     last: dict[str, torch.Tensor] = {}

@@ -124,7 +124,18 @@ def _loss_terms(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
 
 
 def mask_gradients(inputs: torch.Tensor, gradients: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Gradients by a mask of ones on the columns of a site's input, for each example: float64, (examples, columns)."""
+    """Gradients of a loss by a mask of ones on the columns of a site's input, for each example.
+
+    By the chain rule Σ x·∂loss/∂x over the tokens of the example, with x the input that the mask multiplies.
+
+    Args:
+        inputs (`torch.Tensor`): The input of the site, (batch, tokens, columns) or (batch * tokens, columns).
+        gradients (`torch.Tensor`): Of the loss by it, of the same shape.
+        batch (`dict[str, torch.Tensor]`): The batch, which says how many examples there are.
+
+    Returns:
+        `torch.Tensor`: float64 of shape (examples, columns).
+    """
     samples = len(next(iter(batch.values())))
     products = (inputs.float() * gradients.float()).reshape(samples, -1, inputs.shape[-1])
     return products.sum(1).double()

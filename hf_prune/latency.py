@@ -107,7 +107,12 @@ class LatencyTable:
         return "\n".join(rows)
 
     def fits(self, units: PrunableUnits) -> bool:
-        """Whether it is for a model with these units."""
+        """Whether it is for a model with these units.
+
+        Args:
+            units ([`PrunableUnits`]): The units. The names and sizes of the prunable groups, and the number of layers
+                in each stack, are compared.
+        """
         sizes = {name: len(curve) - 1 for name, curve in self.units.items()}
         layers = {stack: len(times) for stack, times in self.layers.items()}
         prunable = {g.name: g.size for g in units.of_kind("heads", "neurons") if g.prunable and g.size}
@@ -132,7 +137,7 @@ class LatencyTable:
         """Inverse of [`~LatencyTable.to_dict`].
 
         Raises:
-            PruningError: The data are malformed.
+            PruningError: The data are malformed, or of another version.
         """
         try:
             if data["version"] != _VERSION:
@@ -174,6 +179,9 @@ def latency_table(
         batch_size (`int`, *optional*, defaults to 1): Examples in the batch.
         sequence_length (`int`, *optional*, defaults to 128): Tokens in each example, all of them real (no padding).
         target_length (`int`, *optional*): Tokens of a decoder that follows an encoder, if there are others.
+
+    Returns:
+        [`LatencyTable`]: In milliseconds. Print it to see how far the sum of its parts is from the whole model.
 
     Raises:
         ConfigError: A size is out of range, or the model carries a mask or lies on several devices.
@@ -223,6 +231,12 @@ def measure_pruned(model: PreTrainedModel, mask: PruningMask, table: LatencyTabl
         model (`PreTrainedModel`): The dense model, without a mask.
         mask ([`PruningMask`]): What stays.
         table ([`LatencyTable`]): Whose batch and lengths the inputs have.
+
+    Returns:
+        `dict[str, float | None]`: Medians of 5 to 30 passes, the fewer the slower the model.
+
+    Raises:
+        As [`~hf_prune.shrink`].
     """
     lengths = {name: table.setting[name] for name in ("batch_size", "sequence_length", "target_length")}
     repeats = min(max(round(5_000 / table.total), 5), 30)

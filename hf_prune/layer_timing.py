@@ -43,7 +43,16 @@ def described(root: nn.Module) -> list[Any]:
 
 
 def equal_layers(base: nn.Module, units: PrunableUnits) -> list[list[Place]]:
-    """Layers that do the same work, together: equal modules, shapes and numbers."""
+    """Layers that do the same work, together: equal modules, shapes and numbers.
+
+    Args:
+        base (`nn.Module`): The base model.
+        units ([`PrunableUnits`]): Its units, which name its stacks.
+
+    Returns:
+        `list[list[Place]]`: The classes, each with the (stack, index) of its layers, in the order of the forward pass.
+        Layers of two stacks are never of one class.
+    """
     classes: dict[str, list[Place]] = {}
     for stack, layers in _stacks(base, units.stacks).items():
         for index, layer in enumerate(layers):
@@ -61,7 +70,18 @@ def _stacks(base: nn.Module, names: Iterable[str]) -> dict[str, nn.ModuleList]:
 
 
 def cut_copies(base: nn.Module, units: PrunableUnits, place: Place, multiple: int) -> dict[Point, nn.Module]:
-    """Copies of a layer, each with other numbers of units in one block; all other weights are those of the layer."""
+    """Copies of a layer, each with other numbers of units in one block; all other weights are those of the layer.
+
+    Args:
+        base (`nn.Module`): The base model.
+        units ([`PrunableUnits`]): Its units.
+        place (`Place`): (stack, index) of the layer.
+        multiple (`int`): Numbers of neurons are multiples of this, but for the fewest and all of them.
+
+    Returns:
+        `dict[Point, nn.Module]`: By (name of a group, number of units that it keeps) the copy: for each prunable group
+        at most nine numbers, evenly spaced, from the fewest that the family runs with (0 or 1) to all.
+    """
     stack, index = place
     layer = base.get_submodule(f"{stack}.{index}")
     copies = {}
@@ -89,7 +109,18 @@ def interleave(
 ) -> tuple[float, float, tuple[list[float], list[dict[Point, float]]]]:
     """Time the whole model, what lies outside of its layers, and for each class a whole layer and its copies.
 
-    In each round every copy runs once, at a place of its class among whole layers; places and order are random.
+    In each round every copy runs once, at a place of its class among whole layers; places and order are random, with a
+    fixed seed. All times are the lower quartile over the rounds, in milliseconds.
+
+    Args:
+        model (`PreTrainedModel`): The model, in evaluation mode.
+        inputs (`dict[str, torch.Tensor]`): What it is called with.
+        classes (`list[list[Place]]`): What [`equal_layers`] returned.
+        copies (`list[dict[Point, nn.Module]]`): For each class what [`cut_copies`] returned for one of its layers.
+
+    Returns:
+        The whole model, what lies outside of its layers, and, in the order of the classes, a list with the whole
+        layers and one with a dict of the copies.
     """
     base, rng = base_model(model), random.Random(0)
     places = [place for own in classes for place in own]

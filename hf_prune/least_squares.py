@@ -8,7 +8,13 @@ class NormalEquations:
 
     Args:
         inputs, outputs (`int`): Number of features and of targets.
+        device (`torch.device`): Where the sums are kept.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the products of one batch.
+
+    Attributes:
+        gram, cross (`torch.Tensor`): FᵀF, (inputs, inputs), and FᵀY, (inputs, outputs).
+        feature_sum, target_sum (`torch.Tensor`): (inputs,) and (outputs,).
+        count (`torch.Tensor`): Number of tokens, ().
     """
 
     def __init__(self, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
@@ -21,7 +27,12 @@ class NormalEquations:
         self.feature_sum, self.target_sum, self.count = zeros(inputs), zeros(outputs), zeros()
 
     def update(self, features: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take some tokens: features (tokens, inputs), targets (tokens, outputs)."""
+        """Take some tokens.
+
+        Args:
+            features (`torch.Tensor`): What goes into the projection, (tokens, inputs).
+            targets (`torch.Tensor`): What shall come out, (tokens, outputs).
+        """
         features, targets = features.to(self.dtype), targets.to(self.dtype)
         self.gram += features.T @ features
         self.cross += features.T @ targets
@@ -43,10 +54,13 @@ def ridge_solve(
         equations ([`NormalEquations`]): The sums.
         weight (`torch.Tensor`): The old weight, (inputs, outputs).
         bias (`torch.Tensor`, *optional*): The old bias, (outputs,).
-        ridge (`float`, *optional*, defaults to 1e-4): Strength, as a share of the mean diagonal of the Gram matrix.
+        ridge (`float`, *optional*, defaults to 1e-4): Strength, as a share of the mean diagonal of the Gram matrix,
+            around the mean where there is a bias; ten times as much, as often as need be, where that is not positive
+            definite.
 
     Returns:
-        The new weight and bias in float64. Nothing changes where the old ones fit already.
+        The new weight, (inputs, outputs), and the new bias, (outputs,), or `None` without an old one, in float64.
+        Nothing changes where the old ones fit already.
     """
     old = weight.double()
     gram, cross, mean = equations.gram, equations.cross, equations.feature_sum / equations.count
@@ -81,7 +95,7 @@ def scale_solve(equations: NormalEquations, weight: torch.Tensor, width: int, li
         limit (`float`, *optional*, defaults to 10.0): Largest factor in absolute value.
 
     Returns:
-        The scaled weight, float64.
+        The scaled weight, float64 of shape (inputs, outputs).
     """
     old = weight.double()
     units = len(old) // width

@@ -128,11 +128,18 @@ class PruningMask(Mapping[str, torch.Tensor]):
         return self.kept(kind) / max(self.total(kind), 1) if self.total(kind) else 1.0
 
     def drops(self, group: UnitGroup) -> bool:
-        """Whether a group of heads or neurons goes with its layer, whatever its own vector says."""
+        """Whether a group of heads or neurons goes with its layer, whatever its own vector says.
+
+        Args:
+            group ([`UnitGroup`]): The group. `False` for a group of layers.
+        """
         return group.kind != "layers" and not bool(self[group.stack][group.layer])
 
     def check(self, units: PrunableUnits) -> None:
         """Raise unless this mask is for a model with these units.
+
+        Args:
+            units ([`PrunableUnits`]): Units of the model. Family, names, kinds and sizes are compared.
 
         Raises:
             MaskError: It is for another model.
@@ -152,7 +159,11 @@ class PruningMask(Mapping[str, torch.Tensor]):
     # Files
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable form: for each group its kind, its size, and the indices of the kept units."""
+        """JSON-serialisable form: for each group its kind, its size, and the indices of the kept units.
+
+        Returns:
+            `dict`: `version`, `model_type`, and `groups`, by name.
+        """
         groups = {
             name: {"kind": self._kinds[name], "size": len(vector), "keep": vector.nonzero().flatten().tolist()}
             for name, vector in self.items()
@@ -163,8 +174,11 @@ class PruningMask(Mapping[str, torch.Tensor]):
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningMask":
         """Inverse of [`~PruningMask.to_dict`].
 
+        Args:
+            data (`dict`): What `to_dict` returned. Whether a model has these groups says [`~PruningMask.check`].
+
         Raises:
-            MaskError: The data are malformed.
+            MaskError: The data are malformed, or of another version.
         """
         try:
             if data["version"] != _VERSION:
@@ -192,7 +206,14 @@ class PruningMask(Mapping[str, torch.Tensor]):
             raise MaskError(f"Not a pruning mask: {type(error).__name__} {error}.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a `.json` or `.safetensors` file. A folder gets `pruning_mask.safetensors`."""
+        """Write to a `.json` or `.safetensors` file. A folder gets `pruning_mask.safetensors`.
+
+        Args:
+            path (`str` or path): A file that is written over if need be, or a folder that exists.
+
+        Raises:
+            MaskError: The path has another ending, and is no folder.
+        """
         path = _mask_path(path)
         if path.suffix == ".json":
             path.write_text(json.dumps(self.to_dict()), encoding="utf-8")
@@ -205,6 +226,9 @@ class PruningMask(Mapping[str, torch.Tensor]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningMask":
         """Read a file written by [`~PruningMask.save`].
+
+        Args:
+            path (`str` or path): The file, or the folder that holds `pruning_mask.safetensors`.
 
         Raises:
             MaskError: There is no such file, or it holds no mask.

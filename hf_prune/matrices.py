@@ -57,6 +57,9 @@ def weight_matrices(model: PreTrainedModel, units: PrunableUnits, exclude: tuple
         exclude (`tuple[str, ...]`, *optional*): Shell patterns of parameters or projections to leave out, such as
             `"model.layers.0.*"` or, relative to the base model, `"layers.*.mlp.down_proj"`.
 
+    Returns:
+        `list[Matrix]`: At least one.
+
     Raises:
         ConfigError: A pattern matches nothing, or all is excluded.
         UnsupportedModelError: One of the weights is shared with another module.

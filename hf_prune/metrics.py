@@ -129,6 +129,9 @@ def perplexity(
         stride (`int`, *optional*): Tokens between the begins of two windows. Defaults to `window`.
         max_tokens (`int`, *optional*): Read only the first tokens.
 
+    Returns:
+        `float`: 1 or more; infinite where a float64 does not hold it.
+
     Raises:
         ConfigError: An option is out of range, or the model has fewer positions than `window`.
         CalibrationError: There is no such file, or the text has fewer than two tokens.
@@ -249,6 +252,9 @@ def compute_metrics_for(*metrics: evaluate.EvaluationModule) -> Callable[[EvalPr
 
     Args:
         metrics (`evaluate.EvaluationModule`): The metrics. Their results are merged into one dict.
+
+    Returns:
+        `Callable`: Given an `EvalPrediction`, whose first predictions are the logits, returns a `dict[str, float]`.
 
     Raises:
         ConfigError: No metric is given. The function that comes back raises it if logits and labels don't fit.

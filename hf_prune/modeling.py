@@ -18,25 +18,72 @@ M = TypeVar("M", bound=PreTrainedModel)
 
 
 class PruningMixin:
-    """Methods that [`prunable`] adds to a model."""
+    """Methods that [`prunable`] adds to a model.
+
+    Attributes:
+        pruning_result ([`PruningResult`], *optional*): Of the last [`~PruningMixin.prune`]. A save or a push takes its
+            mask and its report, unless it is given others.
+    """
 
     pruning_result: PruningResult | None = None
 
     def prune(self, config: MethodConfig, data: Any = None, **options: Any) -> PruningResult:
-        """Same as [`prune`] on this model."""
+        """Same as [`prune`] on this model.
+
+        Args:
+            config ([`MethodConfig`]): The method, by the class of its config, and its options.
+            data (*optional*): Calibration data.
+            options: See [`prune`]: `processing_class`, `text_column`, `max_samples`, `batch_size`, `max_length`.
+
+        Returns:
+            [`PruningResult`]: The mask and the report, also kept in `pruning_result`.
+
+        Raises:
+            As [`prune`].
+        """
         self.pruning_result = prune(cast(PreTrainedModel, self), config, data, **options)
         return self.pruning_result
 
     def shrink(self: M, mask: PruningMask | None = None) -> M:
-        """Same as [`shrink`] on this model."""
+        """Same as [`shrink`] on this model.
+
+        Args:
+            mask ([`PruningMask`], *optional*): Defaults to the one that the model carries.
+
+        Returns:
+            `PreTrainedModel`: The same object.
+
+        Raises:
+            As [`shrink`].
+        """
         return cast(M, shrink(self, mask))
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Same as [`hub.save_pretrained`] on this model, with the mask and the report of its last pruning."""
+        """Same as [`~hf_prune.save_pretrained`] on this model, with the mask and the report of its last pruning.
+
+        Args:
+            save_directory (`str` or path): The folder.
+            options: See [`~hf_prune.save_pretrained`]: `processing_class`, `standalone`, `compressed`, and whatever
+                the stock method takes.
+
+        Raises:
+            As [`~hf_prune.save_pretrained`].
+        """
         save_pretrained(cast(PreTrainedModel, self), save_directory, **self._with_result(options))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Same as [`hub.push_to_hub`] on this model, with the mask and the report of its last pruning."""
+        """Same as [`~hf_prune.push_to_hub`] on this model, with the mask and the report of its last pruning.
+
+        Args:
+            repo_id (`str`): `"user/name"`; `"name"` is a repository of your own.
+            options: See [`~hf_prune.push_to_hub`]: `processing_class`, `private`, `revision`, `token`, ...
+
+        Returns:
+            `CommitInfo`: As huggingface_hub returns it: `commit_url`, `oid`, `pr_url`.
+
+        Raises:
+            As [`~hf_prune.push_to_hub`].
+        """
         return push_to_hub(cast(PreTrainedModel, self), repo_id, **self._with_result(options))
 
     def _with_result(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -104,13 +151,33 @@ class _AutoPrunable:
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load a model as the auto class of transformers does, ready to be pruned. Pickled weights are refused."""
+        """Load a model as the auto class of transformers does, ready to be pruned. Pickled weights are refused.
+
+        Args:
+            args, kwargs: As the auto class takes them. `use_safetensors` is `True` unless it is given.
+
+        Returns:
+            `PreTrainedModel`: With the methods of [`PruningMixin`].
+
+        Raises:
+            UnsupportedModelError: The model can't be pruned.
+        """
         kwargs.setdefault("use_safetensors", True)
         return prunable(getattr(transformers, cls.auto_class).from_pretrained(*args, **kwargs))
 
     @classmethod
     def from_config(cls, *args: Any, **kwargs: Any) -> Any:
-        """Build a model with random weights as the auto class of transformers does, ready to be pruned."""
+        """Build a model with random weights as the auto class of transformers does, ready to be pruned.
+
+        Args:
+            args, kwargs: As the auto class takes them.
+
+        Returns:
+            `PreTrainedModel`: With the methods of [`PruningMixin`].
+
+        Raises:
+            UnsupportedModelError: The model can't be pruned.
+        """
         return prunable(getattr(transformers, cls.auto_class).from_config(*args, **kwargs))
 
 

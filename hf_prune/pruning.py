@@ -58,7 +58,7 @@ def prune(
 
     Raises:
         UnsupportedModelError: The model can't be pruned.
-        ConfigError: An option is wrong.
+        ConfigError: An option is wrong, or the model carries a mask already.
         InfeasibleBudgetError: The budget lies below what the method can reach.
         CalibrationError: The data are missing, empty, too small, or give NaN or Inf.
 

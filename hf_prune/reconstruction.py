@@ -59,6 +59,7 @@ def reconstruct(
 
     Raises:
         CalibrationError: Fewer real tokens than kept units, or NaN or Inf; the message names the layer.
+        ConfigError: With `"bias"`, a projection has no bias.
     """
     if recover == "bias":
         compensate(model, units, mask, calibrator)
@@ -142,7 +143,11 @@ class Solution:
     bias: torch.Tensor | None
 
     def write(self, module: Projection) -> None:
-        """Put them into the projection of the uncut model."""
+        """Put them into the projection of the uncut model.
+
+        Args:
+            module (`nn.Linear` or `Conv1D`): The projection. The rows of its matrix that don't stay keep their values.
+        """
         matrix = output_matrix(module)
         matrix[self.columns.to(matrix.device)] = self.weight.to(matrix.dtype)
         if self.bias is not None:
@@ -156,6 +161,9 @@ def walks(calibrator: Calibrator, units: PrunableUnits, calls: list[dict[str, La
         calibrator ([`Calibrator`]): The data.
         units ([`PrunableUnits`]): The units of its model.
         calls (`list`): What [`Calibrator.collect`] recorded on the dense model.
+
+    Yields:
+        [`Walk`]: In the order of the stacks. A later stack reads what the student of an earlier one ends with.
     """
     base, ends = base_model(calibrator.model), [dict[str, tuple[int, torch.Tensor]]() for _ in calls]
     for stack in units.stacks:
@@ -252,6 +260,13 @@ class Walk:
             group ([`UnitGroup`]): The site.
             keep (`torch.Tensor`): bool of shape (units,), how it was cut.
             recover, ridge, dtype: See [`reconstruct`]. `"bias"` keeps the mean output, given all below.
+
+        Returns:
+            [`Solution`]: What to write into the projection of the uncut model.
+
+        Raises:
+            CalibrationError: Fewer real tokens than kept units, or the solution is NaN or infinite; the message names
+                the site.
         """
         module = projection(small, _inside(group))
         equations = self._accumulate(small, module, group, dtype)
@@ -272,7 +287,11 @@ class Walk:
         return Solution(kept_columns(group, keep), weight, bias)
 
     def leave(self, small: nn.Module | None) -> None:
-        """Run the student through its layer, `None` if that was dropped."""
+        """Run the student through its layer, and let both go on to the next one.
+
+        Args:
+            small (`nn.Module`, *optional*): The student's layer: cut, or the teacher's. `None` if it was dropped.
+        """
         layer, same = self.layers[self.index], self.student is self.teacher
         ends, pairs = self.student, zip(self.student, self._student_calls, strict=True)
         if small is not None and not (same and small is layer):

@@ -107,11 +107,15 @@ class PruningReport:
         return bool((self.verified or {}).get("masked"))
 
     def ratio(self, metric: str) -> float:
-        """Kept share of a metric."""
+        """Kept share of a metric: what it is after pruning, divided by what it was before.
+
+        Args:
+            metric (`str`): `"macs"`, `"params"`, `"memory"`; `"latency"` and `"nonzero"` where `after` has them.
+        """
         return self.after[metric] / self.before[metric]
 
     def sparsity(self) -> float:
-        """Share of zeros in the matrices whose single weights were pruned."""
+        """Share of zeros in the matrices whose single weights were pruned. 0.0 where there are none."""
         zeros, size = (sum(row[key] for row in self.weights) for key in ("zeros", "size"))
         return float(zeros / max(size, 1))
 
@@ -127,7 +131,11 @@ class PruningReport:
         return float(after / before)
 
     def rows(self) -> list[list[str]]:
-        """Costs and quality in words: for each what it is, before, after, and the kept share or the change."""
+        """Costs and quality in words: for each what it is, before, after, and the kept share or the change.
+
+        Returns:
+            `list[list[str]]`: Four cells each, the costs first.
+        """
         found = []
         for metric, after in self.after.items():
             before, words = self.before[metric], _WORDS.get(metric, metric)
@@ -152,6 +160,9 @@ class PruningReport:
 
         Args:
             path (`str` or path): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
+
+        Returns:
+            `matplotlib.figure.Figure`: The figure that was written.
 
         Raises:
             ConfigError: No units were pruned: single weights have no picture.
@@ -200,6 +211,9 @@ class PruningReport:
     def from_dict(cls, data: Mapping[str, Any]) -> "PruningReport":
         """Inverse of [`~PruningReport.to_dict`].
 
+        Args:
+            data (`dict`): What `to_dict` returned. Fields of other versions go to `others`.
+
         Raises:
             PruningError: A field is missing, or holds what no report does; the message names it.
         """
@@ -215,7 +229,11 @@ class PruningReport:
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write as JSON, without tokens and home folders. A folder gets `pruning_report.json`."""
+        """Write as JSON, without tokens and home folders. A folder gets `pruning_report.json`.
+
+        Args:
+            path (`str` or path): A file that is written over if need be, or a folder that exists.
+        """
         path = Path(path)
         path = path / REPORT_FILE if path.is_dir() else path
         path.write_text(json.dumps(redact(self.to_dict()), indent=2) + "\n", encoding="utf-8")
@@ -223,6 +241,9 @@ class PruningReport:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
         """Read a file written by [`~PruningReport.save`].
+
+        Args:
+            path (`str` or path): The file, or the folder that holds `pruning_report.json`.
 
         Raises:
             PruningError: There is no such file, or it holds no report.
@@ -242,7 +263,16 @@ class PruningReport:
 
 
 def unit_rows(units: PrunableUnits, mask: PruningMask) -> list[dict[str, Any]]:
-    """For each group of units a row of a report."""
+    """For each group of units a row of a report.
+
+    Args:
+        units ([`PrunableUnits`]): Units of the dense model.
+        mask ([`PruningMask`]): What stays.
+
+    Returns:
+        `list[dict]`: `name`, `kind`, `stack`, `layer`, `size` and `kept`, in the order of the forward pass. Groups in
+        dropped layers keep 0.
+    """
     return [
         {
             "name": g.name,
@@ -260,6 +290,13 @@ def comparable(reports: Mapping[str, PruningReport]) -> dict[str, dict[str, dict
     """The rows of the evaluations that may stand on one axis: by what was measured on which data, then by report.
 
     Where the data have no name, the same value of the dense model stands for the same data.
+
+    Args:
+        reports (`dict[str, PruningReport]`): The reports by name.
+
+    Returns:
+        `dict[str, dict[str, dict]]`: By the metric, with its data where these have a name or it is measured on
+        several, and then by the name of the report, the row of its `evaluation`.
     """
     groups: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
     for name, report in reports.items():
@@ -341,7 +378,14 @@ def _counts(row: Mapping[str, Any], key: str) -> list[str]:
 
 
 def package_versions(*more: str) -> dict[str, str]:
-    """The versions of hf_prune, of what it builds on, and of `more` packages, as far as they are installed."""
+    """The versions of hf_prune, of what it builds on, and of `more` packages, as far as they are installed.
+
+    Args:
+        more (`str`): Names of packages, as pip knows them.
+
+    Returns:
+        `dict[str, str]`: Version by name of the package.
+    """
     found = {"hf_prune": __version__}
     for name in (*_PACKAGES, *more):
         try:

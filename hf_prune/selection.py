@@ -28,6 +28,9 @@ def resolve_budget(budget: Mapping[str, float], dense: Costs) -> dict[Metric, fl
             an absolute number above 1: a whole one, of milliseconds any.
         dense ([`Costs`]): Costs of the unpruned model.
 
+    Returns:
+        `dict[str, float]`: The limit of each metric of the budget, in the units of [`Costs`].
+
     Raises:
         ConfigError: The budget is empty, names an unknown metric, is out of range, or above the cost of the dense
             model.
@@ -70,7 +73,13 @@ def _amount(metric: Metric, cost: float) -> str:
 
 
 def check_floor(table: CostTable, limits: Mapping[Metric, float], least: Costs, how: str) -> None:
-    """Raise if the least that a way of pruning can reach is above a limit; `how` names it.
+    """Raise if the least that a way of pruning can reach is above a limit.
+
+    Args:
+        table ([`CostTable`]): Costs of the dense model.
+        limits (`dict[str, float]`): What [`resolve_budget`] returned.
+        least ([`Costs`]): The least that can be reached.
+        how (`str`): The way, for the message: `"dropping layers"`.
 
     Raises:
         InfeasibleBudgetError: It is; the message names the nearest feasible budget.
@@ -166,6 +175,9 @@ class Selector:
             decided (`dict[str, torch.Tensor]`, *optional*): For groups that need no scores any more which of their
                 units stay: bool of shape (units,).
 
+        Returns:
+            [`PruningMask`]: It costs at most the budget. Of units of a group with equal scores the first stay.
+
         Raises:
             CalibrationError: A score is NaN or infinite.
         """
@@ -190,10 +202,16 @@ class Selector:
 
         For every number of heads, best first, the neurons fill what is left of the budget, best first; the number with
         the largest sum wins, the smallest of equals (Kwon et al. 2022, Algorithm 1). Scores are of whole units here,
-        not per cost.
+        not per cost. With uniform allocation it is [`~Selector.select`].
 
         Args:
             scores (`dict[str, torch.Tensor]`): As in [`~Selector.select`].
+
+        Returns:
+            [`PruningMask`]: It costs at most the budget.
+
+        Raises:
+            CalibrationError: A score is NaN or infinite.
         """
         if self.allocation == "uniform":
             return self.select(scores)
@@ -264,7 +282,11 @@ class Selector:
         return PruningMask(keep, self.units)
 
     def unit_weight(self, group: UnitGroup) -> float:
-        """The share of the budget that one unit of a group takes, averaged over the metrics."""
+        """The share of the budget that one unit of a group takes, averaged over the metrics.
+
+        Args:
+            group ([`UnitGroup`]): The group. A score that is multiplied by this is ranked as it is, not per cost.
+        """
         return sum(self.table.unit[group.name][m] / limit for m, limit in self.limits.items()) / len(self.limits)
 
     # Costs

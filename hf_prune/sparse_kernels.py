@@ -30,6 +30,7 @@ def accelerate_sparse(
     Raises:
         UnsupportedModelError: The model is not on a GPU that has the kernels, in another dtype, or has no 2:4 weights.
             It is unchanged.
+        ConfigError: A size is out of range. The model is unchanged.
 
     Examples:
         ```python

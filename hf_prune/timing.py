@@ -190,6 +190,9 @@ def in_turns(
         calls (`dict[str, Callable]`): What to time, by name. A call returns when its work is done.
         title (`str`): Of the progress bar.
         repeats, warmup, seed: See [`measure_latency`].
+
+    Returns:
+        `dict[str, tuple[float, float]]`: Median and 95th percentile of the wall-clock times, by name.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     order, rng = list(calls), random.Random(seed)

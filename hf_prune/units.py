@@ -53,7 +53,13 @@ class UnitGroup:
 
 
 class PrunableUnits(Mapping[str, UnitGroup]):
-    """All unit groups of a model, by name, in the order of the forward pass. Made by [`prunable_units`]."""
+    """All unit groups of a model, by name, in the order of the forward pass. Made by [`prunable_units`].
+
+    Args:
+        model_type (`str`): Its family, `config.model_type`.
+        architecture ([`Architecture`]): The entry of the family.
+        groups (`list[UnitGroup]`): The groups.
+    """
 
     def __init__(self, model_type: str, architecture: Architecture, groups: list[UnitGroup]) -> None:
         self.model_type = model_type
@@ -80,15 +86,33 @@ class PrunableUnits(Mapping[str, UnitGroup]):
         return {spec.layers: spec for spec in self.architecture.stacks if spec.layers in present}
 
     def of_kind(self, *kinds: Kind) -> list[UnitGroup]:
-        """The groups of some kinds."""
+        """The groups of some kinds.
+
+        Args:
+            kinds (`"heads"`, `"neurons"` or `"layers"`): One or more.
+
+        Returns:
+            `list[UnitGroup]`: In the order of the forward pass.
+        """
         return [group for group in self._groups.values() if group.kind in kinds]
 
     def of_layer(self, stack: str, layer: int) -> list[UnitGroup]:
-        """The groups of heads and neurons in one layer, in the order of the forward pass."""
+        """The groups of heads and neurons in one layer, in the order of the forward pass.
+
+        Args:
+            stack (`str`): The stack, by its name in `stacks`.
+            layer (`int`): Index of the layer.
+
+        Returns:
+            `list[UnitGroup]`: Empty where there is no such layer.
+        """
         return [group for group in self._groups.values() if group.stack == stack and group.layer == layer]
 
     def matching(self, patterns: tuple[str, ...]) -> set[str]:
         """Names of the groups that match one of the shell patterns, such as `"encoder.layer.0.*"`.
+
+        Args:
+            patterns (`tuple[str, ...]`): The patterns. Without any, no group matches.
 
         Raises:
             ConfigError: A pattern matches nothing.
@@ -111,12 +135,30 @@ def base_model(model: PreTrainedModel) -> nn.Module:
 
 
 def site(model: PreTrainedModel, group: UnitGroup) -> Projection:
-    """The projection whose input holds the units of a group of heads or neurons."""
+    """The projection whose input holds the units of a group of heads or neurons.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        group ([`UnitGroup`]): The group. Groups of layers have no site.
+
+    Returns:
+        `nn.Linear` or `Conv1D`: The module itself, as it is in the model.
+
+    Raises:
+        UnsupportedModelError: Another kind of module is there, such as one with an adapter.
+    """
     return projection(base_model(model), group.name)
 
 
 def projection(root: nn.Module, path: str) -> Projection:
     """The `nn.Linear` or `Conv1D` at a path.
+
+    Args:
+        root (`nn.Module`): What the path is relative to.
+        path (`str`): The names, with dots between them.
+
+    Returns:
+        `nn.Linear` or `Conv1D`: The module.
 
     Raises:
         UnsupportedModelError: There is something else.
@@ -136,12 +178,30 @@ def features(module: Projection) -> tuple[int, int]:
 
 
 def output_matrix(module: Projection) -> torch.Tensor:
-    """The weight of a projection as (inputs, outputs): row i is what input i writes. A view."""
+    """The weight of a projection as (inputs, outputs): row i is what input i writes.
+
+    Args:
+        module (`nn.Linear` or `Conv1D`): The projection.
+
+    Returns:
+        `torch.Tensor`: A view of shape (inputs, outputs): to write to it, under `no_grad`, is to change the weight.
+    """
     return module.weight if isinstance(module, Conv1D) else module.weight.T
 
 
 def head_counts(layer: nn.Module, spec: AttentionSpec) -> tuple[int, int, int]:
-    """(query heads, KV heads, size of a head) of an attention block, as its weights are now."""
+    """(query heads, KV heads, size of a head) of an attention block, as its weights are now.
+
+    Args:
+        layer (`nn.Module`): The layer that the block is in.
+        spec ([`AttentionSpec`]): Its entry in the table of families.
+
+    Returns:
+        `tuple[int, int, int]`: Without grouped-query attention the first two are equal.
+
+    Raises:
+        UnsupportedModelError: A projection is no plain `nn.Linear` or `Conv1D`.
+    """
     attention = layer.get_submodule(spec.module)
     size: int = getattr(attention, spec.head_dim)
     queries = features(projection(layer, spec.output))[0] // size
@@ -264,5 +324,13 @@ def _refuse_shared(base: nn.Module, groups: list[UnitGroup]) -> None:
 
 
 def kept_columns(group: UnitGroup, keep: torch.Tensor) -> torch.Tensor:
-    """Indices of the site's input columns that belong to the kept units. `keep`: bool of shape (units,)."""
+    """Indices of the site's input columns that belong to the kept units.
+
+    Args:
+        group ([`UnitGroup`]): A group of heads or neurons.
+        keep (`torch.Tensor`): bool of shape (units,).
+
+    Returns:
+        `torch.Tensor`: int64 of shape (kept units · width,), ascending, on the device of `keep`.
+    """
     return keep.repeat_interleave(group.width).nonzero().flatten()

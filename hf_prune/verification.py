@@ -27,6 +27,8 @@ def verify_architecture(model: PreTrainedModel, inputs: dict[str, torch.Tensor] 
 
     Raises:
         UnsupportedModelError: The entry is wrong; the message names the group of units.
+        ConfigError: Inputs of the kind that the model takes can't be made at random: pass `inputs`.
+        SaveError: A shrunk model can't be saved, or does not reload to the same function.
     """
     model = copy.deepcopy(model).eval()
     with torch.no_grad():

@@ -20,12 +20,28 @@ _VERSION = 1
 
 
 def pack(keep: torch.Tensor) -> torch.Tensor:
-    """A bool tensor as bytes of eight, flat."""
+    """A bool tensor as bytes of eight, flat.
+
+    Args:
+        keep (`torch.Tensor`): bool, of any shape and on any device.
+
+    Returns:
+        `torch.Tensor`: uint8 of shape (⌈size / 8⌉,), on the CPU. The first weight is the highest bit of the first
+        byte.
+    """
     return torch.from_numpy(np.packbits(keep.detach().cpu().contiguous().view(torch.uint8).numpy().reshape(-1)))
 
 
 def unpack(bits: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Inverse of [`pack`]."""
+    """Inverse of [`pack`].
+
+    Args:
+        bits (`torch.Tensor`): uint8 on the CPU, of as many bits as the shape has entries, or more.
+        shape (`tuple[int, ...]`): The shape.
+
+    Returns:
+        `torch.Tensor`: bool of that shape, on the CPU.
+    """
     count = int(np.prod(shape))
     return torch.from_numpy(np.unpackbits(bits.numpy(), count=count)).view(torch.bool).reshape(shape)
 
@@ -64,6 +80,13 @@ class WeightMask(Mapping[str, torch.Tensor]):
     @classmethod
     def from_bits(cls, bits: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> "WeightMask":
         """A mask from packed bits ([`pack`]) and shapes, by name.
+
+        Args:
+            bits (`dict[str, torch.Tensor]`): The packed bits. They are kept, not copied.
+            shapes (`dict[str, tuple[int, ...]]`): The shape of each parameter.
+
+        Returns:
+            [`WeightMask`]: Of the names in `shapes`.
 
         Raises:
             MaskError: They don't fit.
@@ -167,13 +190,23 @@ class WeightMask(Mapping[str, torch.Tensor]):
     # Files
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to a `.safetensors` file, one bit a weight. A folder gets `pruning_mask.safetensors`."""
+        """Write to a `.safetensors` file, one bit a weight. A folder gets `pruning_mask.safetensors`.
+
+        Args:
+            path (`str` or path): A file that is written over if need be, or a folder that exists.
+
+        Raises:
+            MaskError: The path has another ending, and is no folder.
+        """
         head = json.dumps({"version": _VERSION, "shapes": self._shapes})
         save_file(self._bits, _mask_path(path), metadata={"hf_prune_weight_mask": head})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "WeightMask":
         """Read a file written by [`~WeightMask.save`].
+
+        Args:
+            path (`str` or path): The file, or the folder that holds `pruning_mask.safetensors`.
 
         Raises:
             MaskError: There is no such file, or it holds no mask of weights.

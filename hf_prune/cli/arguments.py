@@ -55,7 +55,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 
 
 def distinct_names(args: argparse.Namespace, paths: list[str]) -> list[str]:
-    """The names of folders or files; where two have the same one, the paths as they are given."""
+    """The names of folders or files; where two have the same one, the paths as they are given.
+
+    Args:
+        args (`argparse.Namespace`): Of the command: its parser refuses a path that is given twice, with code 2.
+        paths (`list[str]`): The paths.
+    """
     if len(set(paths)) < len(paths):
         args.error(f"{next(path for path in paths if paths.count(path) > 1)} is given twice")
     names = [Path(path).resolve().name for path in paths]

@@ -20,7 +20,14 @@ _FILES: dict[str, dict[str, Any]] = {
 
 
 def add_data(parser: argparse.ArgumentParser, title: str, *, required: bool = False, batch_size: bool = True) -> None:
-    """Where the data come from, and how they are read."""
+    """Where the data come from, and how they are read.
+
+    Args:
+        parser (`argparse.ArgumentParser`): The parser of the command.
+        title (`str`): Of the group of arguments in its help.
+        required (`bool`, *optional*, defaults to `False`): Whether the command needs data.
+        batch_size (`bool`, *optional*, defaults to `True`): Whether it takes `--batch-size`.
+    """
     data = parser.add_argument_group(title)
     data.add_argument(
         "--dataset",

@@ -31,7 +31,14 @@ TASKS = {
 
 @contextmanager
 def trying(what: str) -> Iterator[None]:
-    """Say what failed. The libraries that load models and data raise anything, from OSError to SafetensorError."""
+    """Say what failed. The libraries that load models and data raise anything, from OSError to SafetensorError.
+
+    Args:
+        what (`str`): For the message: `"load the model 'bert'"`.
+
+    Raises:
+        PruningError: The context raised; errors of hf_prune pass as they are.
+    """
     try:
         yield
     except PruningError:
@@ -72,6 +79,15 @@ def check_device(device: str | None) -> str:
 def load_model(model: str, task: str = "auto", *, dtype: str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a model for a task, or as the class that its config names.
 
+    Args:
+        model (`str`): A folder, or an id on the Hub.
+        task (`str`, *optional*, defaults to `"auto"`): A key of `TASKS`, or `"auto"`, the class that the config names.
+        dtype (`str`, *optional*, defaults to `"auto"`): As `from_pretrained` takes it.
+        device (`str`, *optional*, defaults to `"cpu"`): Where it goes.
+
+    Returns:
+        `PreTrainedModel`: In evaluation mode. Pickled weights are refused.
+
     Raises:
         ConfigError: The config names no class of transformers, and no task is given.
         PruningError: It can't be loaded.
@@ -108,7 +124,15 @@ def load_processor(model: str) -> Any:
 
 
 def how_it_loads(config: PreTrainedConfig, folder: str | Path) -> dict[str, bool]:
-    """Whether a checkpoint needs `import hf_prune`, and whether it brings the code along for where that is missing."""
+    """Whether a checkpoint needs `import hf_prune`, and whether it brings the code along for where that is missing.
+
+    Args:
+        config (`PreTrainedConfig`): Its config.
+        folder (`str` or path): Where it is. A model of the Hub is taken for one without compressed weights.
+
+    Returns:
+        `dict[str, bool]`: `needs_hf_prune` and `standalone`.
+    """
     shapes = getattr(config, KEY, None) is not None
     needs = shapes or is_compressed(Path(folder))
     return {"needs_hf_prune": needs, "standalone": shapes and bool(getattr(config, "auto_map", None))}

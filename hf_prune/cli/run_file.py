@@ -15,6 +15,15 @@ def parse_with_file(
     Keys are the long names of flags, or positional arguments. A flag that takes several values takes a list, one that
     takes `KEY=VALUE` a mapping. Values are the text that a shell would pass.
 
+    Args:
+        parser (`argparse.ArgumentParser`): The parser of `hf-prune`.
+        command (`argparse.ArgumentParser`): The parser of the command. It is changed: nothing in it is required any
+            more.
+        argv (`list[str]`): The arguments of the command line, with `--config`.
+
+    Returns:
+        `argparse.Namespace`: As `parser` would return it.
+
     Raises:
         SystemExit: The file can't be read, a key is unknown, or a value is out of range; with code 2.
     """

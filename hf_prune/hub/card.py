@@ -96,7 +96,12 @@ def write_card(
 
 
 def draw_layers(report: PruningReport, path: Path) -> None:
-    """Draw the units that each layer keeps, where there are any and matplotlib is installed."""
+    """Draw the units that each layer keeps, where there are any and matplotlib is installed.
+
+    Args:
+        report ([`PruningReport`]): What was pruned. Without a pruned unit nothing is written.
+        path (`Path`): Where to write it. The suffix chooses the format.
+    """
     if any(row["kept"] < row["size"] for row in report.units):
         try:
             plot_units(report.units, path)
@@ -163,7 +168,15 @@ _STATED = ("license", "license_name", "license_link", "language")
 
 
 def origin(model: PreTrainedModel) -> dict[str, Any]:
-    """What is known on this machine of the model that was pruned: its id on the Hub, and what its card states."""
+    """What is known on this machine of the model that was pruned: its id on the Hub, and what its card states.
+
+    Args:
+        model (`PreTrainedModel`): The pruned model, whose config says where it was loaded from.
+
+    Returns:
+        `dict[str, Any]`: As far as they are known `base_model`, `base_revision`, `license`, `license_name`,
+        `license_link` and `language`.
+    """
     source = str(model.config.name_or_path or "")
     if source and Path(source).is_dir():  # a folder has no public name, the model that it was made of may have one
         return stated(Path(source) / CARD_FILE, "base_model", *_STATED)
@@ -179,7 +192,15 @@ def origin(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def stated(readme: Path, *keys: str) -> dict[str, Any]:
-    """What a card states under these keys of its metadata, by default license and language."""
+    """What a card states under these keys of its metadata, by default license and language.
+
+    Args:
+        readme (`Path`): The card. One that is missing or malformed states nothing.
+        keys (`str`): The keys.
+
+    Returns:
+        `dict[str, Any]`: Only what is stated.
+    """
     if not readme.is_file():
         return {}
     try:

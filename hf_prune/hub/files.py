@@ -50,7 +50,14 @@ _PUBLISHED = (*_ALWAYS, *_WEIGHTS, *_PROCESSING, *VOCABULARIES, *_CODE, CARD_FIL
 
 
 def of_a_model(variant: str | None = None) -> Callable[[str], bool]:
-    """Whether a file, by its name, belongs to the model in a folder, and goes when another one takes its place."""
+    """Whether a file, by its name, belongs to the model in a folder, and goes when another one takes its place.
+
+    Args:
+        variant (`str`, *optional*): Of the weights: files of other variants stay.
+
+    Returns:
+        `Callable[[str], bool]`: Takes the name of a file, without folders.
+    """
     middle = f"\\.{re.escape(variant)}" if variant else ""
     weights = re.compile(rf"model{middle}(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index{middle}\.json")
     return lambda name: bool(weights.fullmatch(name)) or name in _ALWAYS or name.startswith("pytorch_model")
@@ -61,6 +68,13 @@ def published(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
     It takes the files that hf_prune and transformers write for a model, its tokenizer or processor, license texts and
     the card; nothing else, nothing hidden, and no link that leaves the folder.
+
+    Args:
+        folder (`Path`): The folder.
+
+    Returns:
+        `dict[str, Path]` and `list[str]`: By the name in the repository the file that it takes; and, sorted, the names
+        of files and folders that it leaves.
     """
     root, taken, left = folder.resolve(), dict[str, Path](), []
     for path in sorted(folder.iterdir()):

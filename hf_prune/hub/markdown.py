@@ -22,7 +22,12 @@ def code(value: Any) -> str:
 
 
 def block(value: Any, language: str = "") -> str:
-    """A fenced block of code, with a fence that is longer than any in it."""
+    """A fenced block of code, with a fence that is longer than any in it.
+
+    Args:
+        value: The code; its string is taken.
+        language (`str`, *optional*): What stands behind the fence.
+    """
     source = _printable(value)
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", source)), default=0))
     return f"{fence}{language}\n{source}\n{fence}"

@@ -76,6 +76,7 @@ def push_to_hub(
         ConfigError: The name can't be that of a repository, there is no token, or `model` is no checkpoint, or one
             with files missing.
         SaveError: The Hub can't be reached, or refuses; or the model can't be saved. What is on disk is as it was.
+        MaskError, UnsupportedModelError: Of a model in memory, see [`save_pretrained`].
 
     Examples:
         ```python
@@ -141,7 +142,14 @@ class Repository:
         self._api = HfApi(token=self.token)
 
     def create(self, private: bool | None = None) -> str:
-        """Create it unless it is there. Returns its name with the user's.
+        """Create it unless it is there.
+
+        Args:
+            private (`bool`, *optional*): Whether it is private if it is created, by default as on the Hub. `True`
+                refuses one that exists and is public.
+
+        Returns:
+            `str`: Its name with the user's.
 
         Raises:
             SaveError: The Hub can't be reached, or refuses; or it must be private, and is public.
@@ -166,7 +174,20 @@ class Repository:
         commit_description: str | None,
         variant: str | None = None,
     ) -> CommitInfo:
-        """[`push_to_hub`] of a folder."""
+        """[`push_to_hub`] of a folder.
+
+        Args:
+            folder (`Path`): What [`save_pretrained`] wrote.
+            private, revision, create_pr, commit_message, commit_description: See [`push_to_hub`].
+            variant (`str`, *optional*): Of the weights: in the repository those of other variants stay.
+
+        Returns:
+            `CommitInfo`: As huggingface_hub returns it: `commit_url`, `oid`, `pr_url`.
+
+        Raises:
+            ConfigError: The folder holds no checkpoint, or one with files missing.
+            SaveError: The Hub can't be reached, or refuses; or the repository must be private, and is public.
+        """
         files, left = published(folder)
         _check_complete(folder, files)
         if left:

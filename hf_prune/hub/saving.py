@@ -86,6 +86,7 @@ def save_pretrained(
         SaveError: The folder can't be written, or what was written did not reload to the same function. The old folder
             is intact.
         MaskError: The model is masked to skip whole layers: shrink it first.
+        UnsupportedModelError: The family is unknown, or the model can't be pruned.
     """
     if standalone and compressed:
         raise ConfigError("The code that standalone=True adds does not read compressed weights: choose one of them.")
@@ -346,7 +347,15 @@ def _same(mine: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def first_output(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """The first tensor that a model returns, without dropout: logits or hidden states."""
+    """The first tensor that a model returns, without dropout: logits or hidden states.
+
+    Args:
+        model (`PreTrainedModel`): The model. Its training mode is restored.
+        inputs (`dict[str, torch.Tensor]`): What to call it with.
+
+    Returns:
+        `torch.Tensor`: On the device of the model, with the examples in its first dimension.
+    """
     with evaluating(model):
         outputs = model(**inputs)
     values = outputs if isinstance(outputs, tuple) else outputs.values()

@@ -17,14 +17,23 @@ _SHARES = ("accuracy", "exact_match", "eval_accuracy")  # means of n answers tha
 
 
 def measurements(report: PruningReport) -> list[Measurement]:
-    """The dense and the pruned row of the report's benchmark; empty where there is none."""
+    """The dense and the pruned row of the report's benchmark; empty where there is none.
+
+    Args:
+        report ([`PruningReport`]): The report. The first of its rows is the dense model, the last the pruned one.
+    """
     if not report.benchmark:
         return []
     return [Measurement.from_dict(report.benchmark[0]), Measurement.from_dict(report.benchmark[-1])]
 
 
 def verdict(report: PruningReport, base: str | None) -> str:
-    """One line with the numbers that matter."""
+    """One line with the numbers that matter.
+
+    Args:
+        report ([`PruningReport`]): What was done and measured.
+        base (`str`, *optional*): The dense model's id on the Hub, to link to.
+    """
     dense = f"[{text(base)}](https://huggingface.co/{base})" if base else f"A dense {text(report.model_class)}"
     if report.weights:
         done = f"{report.sparsity():.1%} of the weights in {len(report.weights)} matrices are zero"
@@ -173,7 +182,14 @@ def _column(row: Mapping[str, Any]) -> str:
 
 
 def call(report: PruningReport) -> tuple[str, str] | None:
-    """The command line, or the call that prunes so, and its language."""
+    """The command line, or the call that prunes so, and its language.
+
+    Args:
+        report ([`PruningReport`]): The report. Without a command, the call is made of its config.
+
+    Returns:
+        `tuple[str, str]`: The code, and `"bash"` or `"python"`; `None` where the method is not known.
+    """
     if report.command:
         return report.command, "bash"
     try:

@@ -18,7 +18,18 @@ from .files import of_a_model
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place when the context ends well, and vanishes when it does not."""
+    """A folder beside the target that takes its place when the context ends well, and vanishes when it does not.
+
+    Args:
+        target (`Path`): The folder that is replaced, or made.
+
+    Yields:
+        `Path`: The folder to write to, empty, with the mode of the target.
+
+    Raises:
+        SaveError: There can't be a folder beside the target, or what the context did failed on disk. The target is as
+            it was.
+    """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -39,7 +50,14 @@ def staged(target: Path) -> Iterator[Path]:
 
 
 def link_others(source: Path, staging: Path, variant: str | None) -> None:
-    """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can."""
+    """What else is in the folder (tokenizer, checkpoints, logs) stays, as hard links where the file system can.
+
+    Args:
+        source (`Path`): The folder that is replaced.
+        staging (`Path`): The one that takes its place. Files that are there already are kept.
+        variant (`str`, *optional*): Of the weights: those of others stay. The files of a model, and a card that
+            hf_prune wrote, do not.
+    """
     goes = of_a_model(variant)
 
     def ignored(folder: str, names: list[str]) -> set[str]:

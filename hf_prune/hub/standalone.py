@@ -35,7 +35,14 @@ _CLASS = """class {name}(transformers.{name}):
 
 
 def auto_classes(model_type: str) -> dict[str, str]:
-    """The auto classes of transformers that know a family, each with the class that it loads."""
+    """The auto classes of transformers that know a family, each with the class that it loads.
+
+    Args:
+        model_type (`str`): The family, `config.model_type`.
+
+    Returns:
+        `dict[str, str]`: Names of classes by name of the auto class: `{"AutoModel": "BertModel", ...}`.
+    """
     found = {}
     for name, auto in vars(modeling_auto).items():
         mapping = getattr(auto, "_model_mapping", None)
@@ -48,7 +55,15 @@ def auto_classes(model_type: str) -> dict[str, str]:
 
 
 def add_standalone_code(model: PreTrainedModel, directory: Path) -> None:
-    """Write the module, and point `auto_map` in config.json to it."""
+    """Write the module, and point `auto_map` in config.json to it.
+
+    Args:
+        model (`PreTrainedModel`): The model that was saved.
+        directory (`Path`): Where, beside its config.json.
+
+    Raises:
+        SaveError: Its class is not one of transformers.
+    """
     autos = auto_classes(model.config.model_type)
     if not hasattr(transformers, type(model).__name__):
         raise SaveError(f"standalone=True is for classes of transformers, {type(model).__name__} is not one of them.")

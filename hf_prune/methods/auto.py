@@ -32,6 +32,9 @@ class AutoPruningConfig(RecoverableConfig):
             others are their calibration data.
         recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How every candidate
             that can ends, see [`RecoverableConfig`].
+
+    Raises:
+        ConfigError: An option is out of range, or a candidate is unknown, has wrong options, or zeroes single weights.
     """
 
     candidates: tuple[str | Mapping[str, Any], ...] = ("kprune", "flap", "kcm", "magnitude")
@@ -49,8 +52,12 @@ class AutoPruningConfig(RecoverableConfig):
     def configs(self) -> list[PruningConfig]:
         """The configs of the candidates.
 
+        Returns:
+            `list[PruningConfig]`: In the order of `candidates`, with the shared options.
+
         Raises:
-            ConfigError: A method or an option is unknown, out of range, or belongs to all.
+            ConfigError: A method or an option is unknown or out of range; an option is that of all candidates; a
+                method is `"auto"` itself, or zeroes single weights.
         """
         configs: list[PruningConfig] = []
         for candidate in self.candidates:
@@ -122,8 +129,17 @@ class AutoPruner(Pruner[AutoPruningConfig]):
 def mean_divergence(dense: PreTrainedModel, calibrator: Calibrator) -> float:
     """The mean divergence of the predictions of the calibrator's model from those of another one.
 
+    Args:
+        dense (`PreTrainedModel`): The other one, of the same class.
+        calibrator ([`Calibrator`]): The data, and the model.
+
+    Returns:
+        `float`: Over all predictions and processes: KL at temperature 1, or the squared error, see
+        [`~hf_prune.divergence.divergence`].
+
     Raises:
         CalibrationError: It is NaN or infinite.
+        UnsupportedModelError: The head makes predictions that can't be compared.
     """
     sums = _Sums(calibrator.model.device)
     last = list(calibrator.units.stacks)[-1]

@@ -66,12 +66,27 @@ class MethodConfig:
         self.exclude = tuple(self.exclude)
 
     def check_choice(self, name: str, legal: tuple[Any, ...]) -> None:
-        """Raise unless an option is one of the legal values."""
+        """Raise unless an option is one of the legal values.
+
+        Args:
+            name (`str`): The option.
+            legal (`tuple`): Its values.
+
+        Raises:
+            ConfigError: It is not; the message names the option and its values.
+        """
         if getattr(self, name) not in legal:
             raise ConfigError(f"{name} must be one of {', '.join(map(repr, legal))}, got {getattr(self, name)!r}.")
 
     def check_positive(self, name: str) -> None:
-        """Raise unless an option is a positive finite number."""
+        """Raise unless an option is a positive finite number.
+
+        Args:
+            name (`str`): The option.
+
+        Raises:
+            ConfigError: It is not.
+        """
         check_positive(**{name: getattr(self, name)})
 
     def to_dict(self) -> dict[str, Any]:
@@ -82,8 +97,14 @@ class MethodConfig:
     def from_dict(data: Mapping[str, Any]) -> "MethodConfig":
         """The config of the method that `data["method"]` names.
 
+        Args:
+            data (`dict`): What [`~MethodConfig.to_dict`] returned. Options that are missing have their defaults.
+
+        Returns:
+            [`MethodConfig`]: Of the class that the method was registered with.
+
         Raises:
-            ConfigError: The method or an option is unknown, or out of range.
+            ConfigError: The method or an option is unknown, or out of range; or one without a default is missing.
         """
         options = dict(data)
         cls = get_pruner(str(options.pop("method", ""))).config_class
@@ -159,6 +180,9 @@ class RecoverableConfig(PruningConfig):
             of the mean square of the inputs.
         precision (`"float32"` or `"float64"`, *optional*, defaults to `"float32"`): Of the products of one batch in
             the refits. They are summed, and the equations solved, in float64 in any case.
+
+    Raises:
+        ConfigError: An option is out of range.
     """
 
     recover: Recover = "none"
@@ -217,12 +241,28 @@ class BasePruner(ABC, Generic[M]):
 
     @abstractmethod
     def prune(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> Any:
-        """Decide what stays, and return the mask."""
+        """Decide what stays, and return the mask.
+
+        Args:
+            model (`PreTrainedModel`): The model.
+            units ([`PrunableUnits`]): Its units.
+            calibrator ([`Calibrator`], *optional*): The data. `None` only where `wants_data` is `False`.
+
+        Returns:
+            [`PruningMask`] or [`WeightMask`].
+        """
 
     def run(
         self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None
     ) -> tuple[Any, dict[str, Any]]:
-        """[`~BasePruner.prune`] and [`~BasePruner.finish`]."""
+        """[`~BasePruner.prune`] and [`~BasePruner.finish`].
+
+        Args:
+            model, units, calibrator: As in [`~BasePruner.prune`].
+
+        Returns:
+            The mask, and what a report says about it.
+        """
         mask = self.prune(model, units, calibrator)
         return mask, self.finish(model, units, mask, calibrator)
 
@@ -230,8 +270,16 @@ class BasePruner(ABC, Generic[M]):
     def finish(
         self, model: PreTrainedModel, units: PrunableUnits, mask: Any, calibrator: Calibrator | None
     ) -> dict[str, Any]:
-        """Make the model compute the pruned function, and return what a report says about it: `before`, `after`,
-        `sequence_lengths`, and the rows of what was pruned."""
+        """Make the model compute the pruned function, and return what a report says about it.
+
+        Args:
+            model, units, calibrator: As in [`~BasePruner.prune`].
+            mask ([`PruningMask`] or [`WeightMask`]): What stays.
+
+        Returns:
+            `dict[str, Any]`: Fields of [`PruningReport`]: `before`, `after`, `sequence_lengths`, and the rows of what
+            was pruned.
+        """
 
 
 C = TypeVar("C", bound=PruningConfig)
@@ -259,6 +307,9 @@ class Pruner(BasePruner[C]):
                 them) and otherwise dense. Weight values may change, as the last step, once nothing can fail.
             units ([`PrunableUnits`]): Its units.
             calibrator ([`Calibrator`], *optional*): The data, `None` only where `needs_data` is `False`.
+
+        Returns:
+            [`PruningMask`]: What stays. That the layers of `drop_layers` go is added to it.
         """
 
     def run(
@@ -333,7 +384,15 @@ class Pruner(BasePruner[C]):
         reconstruct(model, units, mask, calibrator, recover, ridge=self.config.ridge, dtype=dtype, calls=calls)
 
     def recovery(self, model: PreTrainedModel, units: PrunableUnits) -> Recover:
-        """How this model will be refitted: `recover` of the config, or least squares where it lacks the biases."""
+        """How this model will be refitted: `recover` of the config, or least squares where it lacks the biases.
+
+        Args:
+            model (`PreTrainedModel`): The model.
+            units ([`PrunableUnits`]): Its units.
+
+        Returns:
+            `str`: `"lstsq"`, `"scale"`, `"bias"` or `"none"`. If it is not what the config says, `facts` says why.
+        """
         recover = self.config.recover if isinstance(self.config, RecoverableConfig) else "none"
         sites = (site(model, group) for group in units.of_kind(*self.kinds) if group.prunable)
         if recover == "bias" and any(module.bias is None for module in sites):
@@ -342,11 +401,32 @@ class Pruner(BasePruner[C]):
         return recover
 
     def walks(self, model: PreTrainedModel, units: PrunableUnits) -> bool:
-        """Whether the refit will want the calls of the layers, recorded on this model."""
+        """Whether the refit will want the calls of the layers, recorded on this model.
+
+        Args:
+            model, units: As in [`~Pruner.recovery`].
+
+        Returns:
+            `bool`: What to pass to [`Calibrator.collect`] as `record`, where the method makes a pass over the data of
+            its own.
+        """
         return self.recovery(model, units) in ("lstsq", "scale") and current_mask(model) is None
 
     def cost_table(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> CostTable:
-        """Costs at the lengths of the config, or else of the calibration data."""
+        """Costs at the lengths of the config, or else of the calibration data.
+
+        Args:
+            model (`PreTrainedModel`): The model. Under a budget of latency it is measured, or its table read.
+            units ([`PrunableUnits`]): Its units.
+            calibrator ([`Calibrator`], *optional*): The data. Without them, and without lengths in the config, 128
+                tokens.
+
+        Returns:
+            [`CostTable`]: The same in all processes. For latency lengths are rounded up.
+
+        Raises:
+            ConfigError: The latency of this model can't be measured.
+        """
         length, target = calibrator.lengths if calibrator is not None else (DEFAULT_LENGTH, None)
         length = self.config.sequence_length or length
         target = self.config.target_length or self.config.sequence_length or target
@@ -365,7 +445,20 @@ class Pruner(BasePruner[C]):
         return CostTable(model, units, sequence_length=length, target_length=target, latency=latency)
 
     def selector(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> Selector:
-        """A selector with the options of the config. Raises before any computation if the budget can't be met."""
+        """A selector with the options of the config. Raises before any computation if the budget can't be met.
+
+        Args:
+            model, units, calibrator: As in [`~Pruner.cost_table`].
+
+        Returns:
+            [`~hf_prune.selection.Selector`]: For the units of the method's `kinds`, without layers that are dropped
+            already.
+
+        Raises:
+            ConfigError: The budget is malformed or above the cost of the model, `exclude` matches nothing, or there is
+                nothing left to prune.
+            InfeasibleBudgetError: The budget lies below the floor; the message names the nearest feasible one.
+        """
         table = self.cost_table(model, units, calibrator)
         return Selector(
             table,

@@ -29,6 +29,9 @@ class FisherConfig(RecoverableConfig):
             Fisher objective (Section 4.2 of the paper).
         recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
             weights are refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's mask tuning.
+
+    Raises:
+        ConfigError: An option is out of range.
     """
 
     per_sample: bool = False

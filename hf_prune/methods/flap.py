@@ -36,6 +36,9 @@ def fluctuation(variance: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
     Args:
         variance (`torch.Tensor`): Of the inputs, float64 of shape (inputs,).
         matrix (`torch.Tensor`): The weight, (inputs, outputs).
+
+    Returns:
+        `torch.Tensor`: float64 of shape (inputs,).
     """
     return variance * matrix.float().square().sum(1).double()
 

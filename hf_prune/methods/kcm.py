@@ -39,6 +39,9 @@ class KCMConfig(RecoverableConfig):
         max_iterations (`int`, *optional*, defaults to 20): Cap on the updates.
         recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
             weights are refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's choice.
+
+    Raises:
+        ConfigError: An option is out of range.
     """
 
     score: Literal["r2d2", "r2", "d2"] = "r2d2"
@@ -61,7 +64,16 @@ class KCMConfig(RecoverableConfig):
 
 
 def gaussian_kernel(vectors: torch.Tensor, sigma: float | Literal["median"] = 1.0) -> torch.Tensor:
-    """K_ij = exp(−‖w_i − w_j‖² / σ²), of shape (N, N), for the rows of `vectors`, (N, d) (Eq. 5)."""
+    """K_ij = exp(−‖w_i − w_j‖² / σ²) (Eq. 5).
+
+    Args:
+        vectors (`torch.Tensor`): w, (N, d): a row for each neuron.
+        sigma (`float` or `"median"`, *optional*, defaults to 1.0): σ; `"median"` the median of all distances, those of
+            neurons to themselves included.
+
+    Returns:
+        `torch.Tensor`: K, of shape (N, N) and the dtype of `vectors`.
+    """
     # Distances do not depend on the origin, and are most exact around the mean.
     centred = vectors - vectors.mean(0)
     squares = torch.cdist(centred, centred).square()
@@ -104,7 +116,15 @@ def representative_score(
 
 
 def merged_score(r2: torch.Tensor, activity: torch.Tensor) -> torch.Tensor:
-    """S = R2 ∘ D2 / ‖D2‖₂ for one layer (Algorithm 1, lines 9-13). Shapes (N,)."""
+    """S = R2 ∘ D2 / ‖D2‖₂ for one layer (Algorithm 1, lines 9-13).
+
+    Args:
+        r2 (`torch.Tensor`): R2, (N,).
+        activity (`torch.Tensor`): D2, (N,).
+
+    Returns:
+        `torch.Tensor`: S, (N,).
+    """
     norm = torch.linalg.vector_norm(activity).clamp_min(torch.finfo(activity.dtype).tiny)
     merged: torch.Tensor = r2 * activity / norm
     return merged

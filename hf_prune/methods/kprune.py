@@ -46,6 +46,9 @@ class KPruneConfig(RecoverableConfig):
             there are more than three classes (a language model's vocabulary), or several predictions an example.
         recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
             weights are refitted to the dense model after each sub-layer, see [`RecoverableConfig`].
+
+    Raises:
+        ConfigError: An option is out of range, or `lam` is 0 with `kpred="paper"`.
     """
 
     gamma: float = 2.0

@@ -23,6 +23,9 @@ class LayerDropConfig(PruningConfig):
 
     The budget says how many layers go; `exclude` keeps the layers of the groups that it matches. `drop_layers` and
     `multiple_of` are for methods that prune heads or neurons.
+
+    Raises:
+        ConfigError: An option is out of range, or `drop_layers` or `multiple_of` is given.
     """
 
     def __post_init__(self) -> None:

@@ -11,7 +11,15 @@ from ..errors import ConfigError
 
 
 def outlier_share(scores: torch.Tensor, m: float = 5.0) -> float:
-    """D of a block: the share of its Wanda scores that exceed M times their mean (section 3.2)."""
+    """D of a block: the share of its Wanda scores that exceed M times their mean (section 3.2).
+
+    Args:
+        scores (`torch.Tensor`): The scores of all weights of the block, of any shape, none below zero.
+        m (`float`, *optional*, defaults to 5.0): M.
+
+    Returns:
+        `float`: From 0 to 1.
+    """
     return float((scores > m * scores.mean(dtype=torch.float64)).double().mean())
 
 
@@ -26,6 +34,9 @@ def layer_sparsities(
         lambda_ (`float`, *optional*, defaults to 0.08): λ.
         weights (sequence of `float`, *optional*): Sizes of the blocks, for the mean. Equal ones by default, as in the
             paper.
+
+    Returns:
+        `list[float]`: The share to zero of each block, in their order.
 
     Raises:
         ConfigError: A sparsity would fall out of [0, 1).

@@ -18,6 +18,9 @@ class RandomConfig(PruningConfig):
 
     Args:
         seed (`int`, *optional*, defaults to 0): Of the scores; the same seed gives the same mask everywhere.
+
+    Raises:
+        ConfigError: An option is out of range.
     """
 
     seed: int = 0

@@ -19,6 +19,9 @@ class RIAConfig(WeightPruningConfig):
 
     Args:
         alpha (`float`, *optional*, defaults to 0.5): Power of the norm of the inputs, the paper's a.
+
+    Raises:
+        ConfigError: An option is out of range.
     """
 
     alpha: float = 0.5
@@ -29,7 +32,16 @@ class RIAConfig(WeightPruningConfig):
 
 
 def ria_score(weight: torch.Tensor, squares: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
-    """|W_ij|·(1/Σ_i|W_ij| + 1/Σ_j|W_ij|)·‖X_j‖₂^a in float32, for W (outputs, inputs) and Σ x², (inputs,) (Eq. 4)."""
+    """|W_ij|·(1/Σ_i|W_ij| + 1/Σ_j|W_ij|)·‖X_j‖₂^a (Eq. 4).
+
+    Args:
+        weight (`torch.Tensor`): W, (outputs, inputs).
+        squares (`torch.Tensor`): Σ x² of the inputs over tokens, (inputs,).
+        alpha (`float`, *optional*, defaults to 0.5): a.
+
+    Returns:
+        `torch.Tensor`: float32 in the shape of W.
+    """
     size = weight.float().abs()
     tiny = torch.finfo(torch.float32).tiny  # where all are zero, so are the scores
     relative = size / size.sum(0).clamp_min(tiny) + size / size.sum(1, keepdim=True).clamp_min(tiny)

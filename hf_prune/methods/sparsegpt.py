@@ -30,6 +30,9 @@ class SparseGPTConfig(WeightPruningConfig):
             ten times as much where that is not positive definite.
         threshold (`"exact"` or `"paper"`, *optional*, defaults to `"exact"`): Prune exactly the share asked for of
             each `block_size` inputs, or, as the authors' code does, one weight more.
+
+    Raises:
+        ConfigError: An option is out of range, or the M of `pattern` does not divide `block_size`.
     """
 
     block_size: int = 128
@@ -57,6 +60,9 @@ def inverse_factor(hessian: torch.Tensor, damping: float = 0.01) -> torch.Tensor
     Args:
         hessian (`torch.Tensor`): H, (inputs, inputs), with a diagonal above zero.
         damping (`float`, *optional*, defaults to 0.01): See above.
+
+    Returns:
+        `torch.Tensor`: U, of the shape and dtype of H.
 
     Raises:
         CalibrationError: It does not exist at any damping.
@@ -96,6 +102,9 @@ def sparsegpt(
 
     Returns:
         What stays, bool of the shape of W, and the new W in float32, with zeros.
+
+    Raises:
+        CalibrationError: H can't be inverted at any damping.
     """
     hessian, dead = hessian.clone(), hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1

@@ -94,7 +94,7 @@ class WeightPruningConfig(MethodConfig):
 
     @property
     def target(self) -> Target:
-        """The sparsity, or (kept, of) as numbers."""
+        """The sparsity, or (kept, of) as numbers: 0.5, or (2, 4)."""
         if self.pattern is None:
             assert self.sparsity is not None
             return float(self.sparsity)
@@ -110,7 +110,15 @@ class WeightPruningConfig(MethodConfig):
 
 
 def pruned_count(count: int, sparsity: float) -> int:
-    """floor(count · sparsity), exact where the product is whole: 29 of 100 at 0.29, whose product is 28.999…"""
+    """floor(count · sparsity), exact where the product is whole: 29 of 100 at 0.29, whose product is 28.999…
+
+    Args:
+        count (`int`): Number of weights.
+        sparsity (`float`): Share to prune, in [0, 1).
+
+    Returns:
+        `int`: Number of weights to prune.
+    """
     return math.floor(round(count * sparsity, 6))
 
 
@@ -124,7 +132,15 @@ def square_sum(inputs: torch.Tensor) -> torch.Tensor:
 
 
 def wanda_score(weight: torch.Tensor, squares: torch.Tensor) -> torch.Tensor:
-    """Wanda's S_ij = |W_ij|·‖X_j‖₂ in float32, for W (outputs, inputs) and Σ x² of the inputs, (inputs,) (Eq. 1)."""
+    """Wanda's S_ij = |W_ij|·‖X_j‖₂ (Eq. 1).
+
+    Args:
+        weight (`torch.Tensor`): W, (outputs, inputs).
+        squares (`torch.Tensor`): Σ x² of the inputs over tokens, (inputs,), see [`square_sum`].
+
+    Returns:
+        `torch.Tensor`: S, float32 in the shape of W.
+    """
     return weight.float().abs() * squares.sqrt().float()
 
 
@@ -134,10 +150,10 @@ def keep_highest(score: torch.Tensor, target: Target) -> torch.Tensor:
     Args:
         score (`torch.Tensor`): (outputs, inputs), each row compared for itself.
         target (`float` or `tuple[int, int]`): The share to prune of each row, rounded down to whole weights; or
-            (N, M): in every group of M consecutive columns N stay.
+            (N, M): in every group of M consecutive columns N stay. M must divide the columns.
 
     Returns:
-        bool of the same shape.
+        `torch.Tensor`: bool of the same shape, `True` = keep.
     """
     if isinstance(target, tuple):
         return _keep_in_groups(score, *target)
@@ -154,7 +170,15 @@ def keep_highest(score: torch.Tensor, target: Target) -> torch.Tensor:
 
 
 def kth_lowest(score: torch.Tensor, k: int) -> torch.Tensor:
-    """The k-th lowest score of each row."""
+    """The k-th lowest score of each row.
+
+    Args:
+        score (`torch.Tensor`): (rows, columns).
+        k (`int`): From 1 to the number of columns.
+
+    Returns:
+        `torch.Tensor`: (rows,).
+    """
     if score.device.type == "cpu":  # NumPy's selection is ten times as fast as torch.kthvalue
         return torch.from_numpy(np.partition(score.numpy(), k - 1, axis=1)[:, k - 1])
     return score.kthvalue(k, 1).values
@@ -199,20 +223,25 @@ class WeightPruner(BasePruner[W]):
 
         Args:
             weight (`torch.Tensor`): (outputs, inputs), in the dtype of the model. Not to be changed.
-            observed (`torch.Tensor`): What was observed of its inputs; `None` where nothing was.
+            observed (`torch.Tensor`): What `observe` returned, summed over all data; `None` where nothing was
+                observed.
             target (`float` or `tuple[int, int]`): The share to prune, or (N, M).
 
         Returns:
-            `tuple[torch.Tensor, torch.Tensor]`: A bool tensor, `True` = keep, and the weight in which the others are
-            zeroed: the given one, or a new one.
+            `tuple[torch.Tensor, torch.Tensor]`: A bool tensor of the shape of the weight, `True` = keep, and the
+            weight in which the others are zeroed: the given one, or a new one, of any dtype.
         """
 
     def workspace(self, matrix: Matrix) -> int:
-        """Bytes that it takes to solve a matrix, beside what was observed of its inputs."""
+        """Bytes that it takes to solve a matrix, beside what was observed of its inputs: for the log."""
         return 4 * 3 * matrix.inputs * matrix.outputs  # the scores, their copy to select from, and what is compared
 
     def check(self, matrices: list[Matrix], calibrator: Calibrator | None) -> None:
         """Raise unless all matrices can be pruned.
+
+        Args:
+            matrices (`list[Matrix]`): All matrices that will be pruned.
+            calibrator ([`Calibrator`], *optional*): The data.
 
         Raises:
             ConfigError: The pattern does not divide the inputs of one.

@@ -134,9 +134,12 @@ class SearchSpace(ABC):
         return self.fit({name: max(values[0], min(values[-1], 1)) for name, values in self.parameters.items()})
 
     def sample(self, generator: torch.Generator) -> Member:
-        """A member by chance, as the paper draws them for training: see the spaces. `generator` lives on the CPU.
+        """A member by chance, as the paper draws them for training: see the spaces.
 
         Under a budget a draw that costs too much is cut down by [`~SearchSpace.fit`].
+
+        Args:
+            generator (`torch.Generator`): On the CPU. The same seed gives the same members.
         """
         return self.fit(self._sample(generator), generator)
 
@@ -150,6 +153,9 @@ class SearchSpace(ABC):
             member (`dict[str, int]`): Numbers within their ranges.
             generator (`torch.Generator`, *optional*): Which numbers round up, by chance. By default those of the
                 first layers.
+
+        Raises:
+            ConfigError: A number is missing, unknown or out of range.
         """
         self._check(member)
         if self.meets_budget(member):
@@ -170,7 +176,11 @@ class SearchSpace(ABC):
         return lowered(low)
 
     def meets_budget(self, member: Member) -> bool:
-        """Whether a member costs at most the budget. Without one, all do."""
+        """Whether a member costs at most the budget. Without one, all do.
+
+        Args:
+            member (`dict[str, int]`): Numbers within their ranges: they are not checked.
+        """
         if self._table is None:
             return True
         costs = self._table.of(self._mask(member))
@@ -178,6 +188,12 @@ class SearchSpace(ABC):
 
     def mask(self, member: Mapping[str, int]) -> PruningMask:
         """The mask of a member: what stays.
+
+        Args:
+            member (`dict[str, int]`): A number for each of `parameters`.
+
+        Returns:
+            [`PruningMask`]: For the units of the model. What the family can't lose stays, whatever the numbers say.
 
         Raises:
             ConfigError: A number is missing, unknown or out of range, or the member costs more than the budget.

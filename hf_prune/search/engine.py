@@ -166,6 +166,10 @@ class Search:
         num_samples (`int`): Sub-networks to draw in all.
         options (`dict`): For [`SearchStudy`].
         trained (`bool`, *optional*, defaults to `False`): Whether sub-networks are trained before they are evaluated.
+
+    Raises:
+        ConfigError: `num_samples` is out of range.
+        MaskError: The table is of another model than the space.
     """
 
     study: SearchStudy  # in the main process alone
@@ -186,7 +190,19 @@ class Search:
         self.identity, self.num_samples, self.options, self.trained = identity, num_samples, options, trained
 
     def run(self, evaluate: Callable[[Sample, PruningMask], float | None]) -> ParetoFront:
-        """Search with a function that returns the error of a sub-network, or `None` if it was given up early."""
+        """Search with a function that returns the error of a sub-network.
+
+        Args:
+            evaluate (`Callable`): Given a [`Sample`] and its mask, called in all processes at once, returns the error;
+                NaN or infinite leaves the sub-network out, `None` means that it was given up early.
+
+        Returns:
+            [`ParetoFront`]: Of all that was evaluated, in earlier runs of the study too.
+
+        Raises:
+            ConfigError: The study can't be opened, see [`SearchStudy`], or all sub-networks were given up early.
+            CalibrationError: No sub-network has a finite error.
+        """
         with quiet():
             done = from_main_process(self._open)
             hidden = not process_state().is_main_process or None  # None: only where stderr is a terminal

@@ -30,7 +30,14 @@ _VERSION = 1
 
 
 def pareto_optimal(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one dominates, both coordinates the lower the better. Of equal points the first counts."""
+    """Which points no other one dominates, both coordinates the lower the better. Of equal points the first counts.
+
+    Args:
+        points (sequence of `tuple[float, float]`): The points, in any order.
+
+    Returns:
+        `list[bool]`: In the order of the points.
+    """
     optimal = [False] * len(points)
     lowest = float("inf")
     for index in sorted(range(len(points)), key=lambda i: (*points[i], i)):
@@ -44,6 +51,13 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
 
     Points beyond the reference add nothing. With coordinates from 0 to 1 and the reference (2, 2) of Klein et al.,
     4 is perfect.
+
+    Args:
+        points (sequence of `tuple[float, float]`): The points, in any order; dominated ones change nothing.
+        reference (`tuple[float, float]`, *optional*, defaults to (2.0, 2.0)): The corner.
+
+    Returns:
+        `float`: 0 where no point lies below the reference.
     """
     area, ceiling = 0.0, reference[1]
     for x, y in sorted(points):
@@ -153,6 +167,12 @@ class ParetoFront(Sequence[SubNetwork]):
             path (`str` or path): Where to write it. The suffix chooses the format: `.png`, `.svg`, `.pdf`.
             baselines (`dict[str, tuple[float, float]]`, *optional*): Other models to mark by name: their cost, as a
                 ratio to that of the whole model, and their error.
+
+        Returns:
+            `matplotlib.figure.Figure`: The figure that was written.
+
+        Raises:
+            ConfigError: Nothing was evaluated.
         """
         marked = dict(baselines or {})
         if self.dense_error is not None:
@@ -180,6 +200,9 @@ class ParetoFront(Sequence[SubNetwork]):
         Args:
             budget (`dict[str, float]`): As for pruning: `{"params": 0.5}`, `{"macs": 2e9}`.
 
+        Returns:
+            `int`: Of equal errors that of the cheapest point.
+
         Raises:
             ConfigError: The budget is malformed.
             InfeasibleBudgetError: All points cost more; the message names the nearest feasible budget.
@@ -201,6 +224,9 @@ class ParetoFront(Sequence[SubNetwork]):
             index (`int`): Of the point.
             model (`PreTrainedModel`): The model that was searched. It stays as it is.
 
+        Returns:
+            `PreTrainedModel`: Of the same class, with copies of the weights.
+
         Raises:
             MaskError: The front was found in another model.
         """
@@ -210,6 +236,17 @@ class ParetoFront(Sequence[SubNetwork]):
         """What a point is, how it was found, and its quality next to the whole model's on the data of the search.
 
         Latency, where the search counted it, is a sum of measured blocks: that of the point was not measured.
+
+        Args:
+            index (`int`): Of the point.
+            model (`PreTrainedModel`): The model that was searched.
+
+        Returns:
+            [`PruningReport`]: Of the method `"nas"`. Without an evaluation where the whole model's error is not known,
+            or the sub-networks were trained.
+
+        Raises:
+            UnsupportedModelError: The model can't be pruned.
         """
         units, point, facts = prunable_units(model), self[index], dict(self.facts)
         latency = facts.pop("latency", None)
@@ -256,6 +293,7 @@ class ParetoFront(Sequence[SubNetwork]):
 
         Raises:
             ConfigError: The front is of [`standard_nas`], whose trained sub-networks were not kept.
+            MaskError: The front was found in another model.
             SaveError: One can't be written, or did not reload to the same function.
 
         Points of a larger front that was written here before are removed. With several processes call it in all: the
@@ -300,6 +338,9 @@ class ParetoFront(Sequence[SubNetwork]):
 
         With several processes call it in all: the main one writes, the others wait.
 
+        Args:
+            folder (`str` or path): The folder.
+
         Raises:
             SaveError: It can't be written.
         """
@@ -337,6 +378,12 @@ class ParetoFront(Sequence[SubNetwork]):
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> "ParetoFront":
         """Read what [`~ParetoFront.save`] wrote.
+
+        Args:
+            folder (`str` or path): The folder, such as that of [`~ParetoFront.save_models`].
+
+        Returns:
+            [`ParetoFront`]: Points that are not on it have no masks.
 
         Raises:
             PruningError: There is no such file, or it holds no front.

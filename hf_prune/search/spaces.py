@@ -163,10 +163,14 @@ def search_space(name: str, model: PreTrainedModel, **options: Any) -> SearchSpa
     Args:
         name (`str`): `"small"`, `"layer"`, `"medium"` or `"large"`.
         model (`PreTrainedModel`): The super-network.
-        options: See [`SearchSpace`].
+        options: See [`SearchSpace`]: `bounds`, `budget`, `table`.
+
+    Returns:
+        [`SmallSpace`], [`LayerSpace`], [`MediumSpace`] or [`LargeSpace`].
 
     Raises:
         ConfigError: There is no such space, or see [`SearchSpace`].
+        InfeasibleBudgetError, UnsupportedModelError: See [`SearchSpace`].
     """
     if name not in _SPACES:
         raise ConfigError(unknown("search space", name, _SPACES))

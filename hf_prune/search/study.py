@@ -60,7 +60,13 @@ def check_method(method: str, space: SearchSpace) -> None:
 
 @dataclass(frozen=True)
 class Sample:
-    """A sub-network to evaluate. `error`: where it has been evaluated before."""
+    """A sub-network to evaluate.
+
+    Args:
+        number (`int`): Of its trial in the study.
+        member (`dict[str, int]`): Its numbers in the search space.
+        error (`float`, *optional*): Where the same mask has been evaluated before.
+    """
 
     number: int
     member: Member
@@ -184,7 +190,12 @@ class SearchStudy:
         return sum(trial.state in done or "reason" in trial.user_attrs for trial in trials)
 
     def ask(self) -> Sample:
-        """The next member to evaluate."""
+        """The next member to evaluate.
+
+        Returns:
+            [`Sample`]: To be handed back to exactly one of [`~SearchStudy.tell`], [`~SearchStudy.stop`] and
+            [`~SearchStudy.fail`].
+        """
         trials = self._study.get_trials(deepcopy=False)
         # What was broken off comes again, and does not count.
         counted = sum(t.state != TrialState.FAIL or "reason" in t.user_attrs for t in trials)
@@ -207,7 +218,13 @@ class SearchStudy:
         return Sample(trial.number, self._member(trial), next(known, None))
 
     def tell(self, sample: Sample, error: float, cost: float) -> None:
-        """How good a member is."""
+        """How good a member is.
+
+        Args:
+            sample ([`Sample`]): What [`~SearchStudy.ask`] returned.
+            error (`float`): Its error, finite.
+            cost (`float`): Its cost, as a ratio to that of the whole model.
+        """
         trial = self._trials.pop(sample.number)
         with suppress(UpdateFinishedTrialError):  # by another worker that was given it too
             trial.set_user_attr("error", error)
@@ -217,18 +234,32 @@ class SearchStudy:
         return [error, cost] if self._objectives == 2 else [error + cost]
 
     def report(self, sample: Sample, step: int, error: float, cost: float) -> bool:
-        """How good a member is so far. Whether it is worth going on."""
+        """How good a member is so far. Whether it is worth going on.
+
+        Args:
+            sample ([`Sample`]): What [`~SearchStudy.ask`] returned.
+            step (`int`): Number of the evaluation, from 1.
+            error, cost (`float`): See [`~SearchStudy.tell`].
+
+        Returns:
+            `bool`: `False` if the study's pruner gives it up: then [`~SearchStudy.stop`].
+        """
         trial = self._trials[sample.number]
         with suppress(UpdateFinishedTrialError):
             trial.report(self._values(error, cost)[0], step)
         return not trial.should_prune()
 
     def stop(self, sample: Sample) -> None:
-        """A member was given up early."""
+        """A member was given up early. `sample`: what [`~SearchStudy.ask`] returned."""
         self._study.tell(self._trials.pop(sample.number), state=TrialState.PRUNED, skip_if_finished=True)
 
     def fail(self, sample: Sample, reason: str | None) -> None:
-        """A member has no finite error, for a reason; without one it was broken off, and comes again."""
+        """A member has no finite error, for a reason; without one it was broken off, and comes again.
+
+        Args:
+            sample ([`Sample`]): What [`~SearchStudy.ask`] returned.
+            reason (`str`, *optional*): Why. It stays in the study.
+        """
         trial = self._trials.pop(sample.number)
         with suppress(UpdateFinishedTrialError):
             if reason is not None:
@@ -238,7 +269,11 @@ class SearchStudy:
             self._enqueue(sample.member)
 
     def evaluated(self) -> list[tuple[Member, float]]:
-        """The members that were evaluated, with their errors; of those with the same mask the first."""
+        """The members that were evaluated, with their errors; of those with the same mask the first.
+
+        Returns:
+            `list[tuple[dict[str, int], float]]`: In the order of their trials.
+        """
         found: dict[bytes, tuple[Member, float]] = {}
         for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
             found.setdefault(self._key(trial), (self._member(trial), trial.user_attrs["error"]))

@@ -37,7 +37,11 @@ class PruningTrainingArguments(TrainingArguments):  # type: ignore[misc]  # tran
         self.check_distillation()
 
     def check_distillation(self) -> None:
-        """Raise unless the options of distillation are in range."""
+        """Raise unless the options of distillation are in range.
+
+        Raises:
+            ConfigError: One is not; it is named.
+        """
         if not 0 <= self.distillation_weight <= 1:
             raise ConfigError(f"distillation_weight must be from 0 to 1, got {self.distillation_weight!r}.")
         check_positive(distillation_temperature=self.distillation_temperature)
@@ -103,7 +107,11 @@ class PassOptions:
         self.check_pass_options()
 
     def check_pass_options(self) -> None:
-        """Raise unless all options are in range."""
+        """Raise unless all options are in range.
+
+        Raises:
+            ConfigError: One is not, or `num_heads` is missing; it is named.
+        """
         if self.num_heads is None:
             raise ConfigError("num_heads is missing: say how many heads to keep, over all layers.")
         for name in ("num_heads", "lambda_steps"):
@@ -119,7 +127,11 @@ class PassOptions:
 
 @dataclass
 class PassTrainingArguments(PassOptions, PruningTrainingArguments):
-    """Arguments of [`PassTrainer`]: those of [`PruningTrainingArguments`] and [`PassOptions`]."""
+    """Arguments of [`PassTrainer`]: those of [`PruningTrainingArguments`] and [`PassOptions`].
+
+    Raises:
+        ConfigError: An option is out of range, or `num_heads` is missing.
+    """
 
     def __post_init__(self) -> None:
         PruningTrainingArguments.__post_init__(self)
