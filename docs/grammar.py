@@ -18,6 +18,8 @@ def _section(match: re.Match[str]) -> str:
     body = re.sub(r"^ {4}", "", body, flags=re.M)
     if title != "Examples":
         body = re.sub(r"\n( +- )", r"\n\n\1", body, count=1)  # Markdown wants a blank line around a list in a list
+        if title in ("Returns", "Yields"):  # one entry, whose other lines are no deeper
+            body = re.sub(r"\n(?=\S)", "\n    ", body)
         body = _ENTRY.sub(lambda entry: f"\n- **{entry[1]}**" if entry[1] else "\n- ", body)
     return f"**{title.replace('Args', 'Parameters')}**\n\n{body}\n"
 

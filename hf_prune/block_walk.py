@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from .calibration import Calibrator, select_real
 from .gates import observe, replace_layers
 from .matrices import Matrix
-from .offload import Filed, Shelf, execution_device, fetched, resident
+from .offload import execution_device, resident
 from .processes import process_state
+from .run_files import Filed, Shelf, fetched
 from .units import PrunableUnits, base_model
 
 Observation = Callable[[torch.Tensor], torch.Tensor]

@@ -20,8 +20,9 @@ from transformers.utils import logging
 from .block_walk import BlockWalk, InputSum
 from .errors import CalibrationError, ConfigError
 from .matrices import Matrix
-from .offload import Filed, Shelf, fetched, is_offloaded, stored
+from .offload import is_offloaded, stored
 from .processes import process_state
+from .run_files import Filed, Shelf, fetched
 from .units import PrunableUnits, base_model
 from .weight_masks import WeightMask, pack, unpack
 

@@ -27,7 +27,7 @@ from hf_prune import (
 from hf_prune.block_walk import _Stream
 from hf_prune.methods import SparseGPTPruner, WandaPruner
 from hf_prune.methods.weights import keep_highest, wanda_score
-from hf_prune.offload import run_folder
+from hf_prune.run_files import run_folder
 from hf_prune.units import base_model
 
 

@@ -20,8 +20,9 @@ from ..calibration import Calibrator
 from ..costs import CostTable
 from ..errors import ConfigError
 from ..matrices import Matrix, weight_matrices
-from ..offload import is_offloaded, run_folder
+from ..offload import is_offloaded
 from ..processes import process_state
+from ..run_files import run_folder
 from ..timing import DEFAULT_LENGTH
 from ..units import PrunableUnits
 from ..weight_masks import WeightMask
