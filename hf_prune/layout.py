@@ -148,7 +148,12 @@ def apply_layout(model: Any) -> None:
 
 
 def skeleton(model: "PreTrainedModel", config: "PreTrainedConfig") -> "PreTrainedModel":
-    """The model that a config builds, of the class of `model`, on the meta device."""
+    """The model that a config builds, on the meta device.
+
+    Args:
+        model (`PreTrainedModel`): Whose class is built.
+        config (`PreTrainedConfig`): The config. It is copied.
+    """
     import torch
 
     with torch.device("meta"):
@@ -157,6 +162,13 @@ def skeleton(model: "PreTrainedModel", config: "PreTrainedConfig") -> "PreTraine
 
 def describe(model: "PreTrainedModel", dense: "PreTrainedModel") -> dict[str, int]:
     """The numbers of a layout that turns `dense` into the shapes of `model`; empty if they are equal.
+
+    Args:
+        model (`PreTrainedModel`): The shrunk model, on any device.
+        dense (`PreTrainedModel`): What its config builds without a layout, or with another one.
+
+    Returns:
+        `dict[str, int]`: By `module.attribute` the number in `model`.
 
     Raises:
         LayoutError: They differ in more than a layout can hold.

@@ -23,7 +23,16 @@ Select: TypeAlias = Callable[[torch.Tensor, int, torch.Tensor], torch.Tensor]
 
 
 def copied(parameter: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
-    """A new parameter with some entries of another one. Dtype, device and `requires_grad` stay."""
+    """A new parameter with some entries of another one. Dtype, device and `requires_grad` stay.
+
+    Args:
+        parameter (`torch.Tensor`): The other one.
+        dim (`int`): The dimension in which entries are chosen.
+        index (`torch.Tensor`): Which of them, in their new order, int64 of shape (kept,).
+
+    Returns:
+        `nn.Parameter`: Of the same shape, but `kept` entries in `dim`.
+    """
     small = parameter.detach().index_select(dim, index.to(parameter.device))
     return nn.Parameter(small, requires_grad=parameter.requires_grad)
 
@@ -52,9 +61,13 @@ def cut(module: Projection, index: torch.Tensor, side: str, select: Select = cop
 
 
 def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select: Select = copied) -> None:
-    """Keep some heads (KV groups) of an attention block.
+    """Keep some heads (KV groups) of an attention block, in place.
 
-    `keep`: bool of shape (units,), or the indices of those that stay, in their new order. `select`: see [`cut`].
+    Args:
+        layer (`nn.Module`): The layer.
+        spec ([`AttentionSpec`]): The block, by the table of families.
+        keep (`torch.Tensor`): bool of shape (units,), or the indices of the units that stay, in their new order.
+        select (`Callable`, *optional*): See [`cut`].
     """
     queries, keys, size = head_counts(layer, spec)
     group = queries // keys
@@ -92,7 +105,14 @@ def cut_heads(layer: nn.Module, spec: AttentionSpec, keep: torch.Tensor, select:
 
 
 def cut_neurons(layer: nn.Module, spec: FeedForwardSpec, keep: torch.Tensor, select: Select = copied) -> None:
-    """Keep some neurons of a feed-forward block. `keep`, `select`: see [`cut_heads`]."""
+    """Keep some neurons of a feed-forward block, in place.
+
+    Args:
+        layer (`nn.Module`): The layer.
+        spec ([`FeedForwardSpec`]): The block, by the table of families.
+        keep (`torch.Tensor`): bool of shape (neurons,), or the indices of those that stay, in their new order.
+        select (`Callable`, *optional*): See [`cut`].
+    """
     index = _indices(keep)
     total, _ = features(projection(layer, spec.output))
     rows = torch.cat([index, total + index]) if spec.fused_gate else index
@@ -135,7 +155,14 @@ def reorder(layer: nn.Module, group: UnitGroup, order: torch.Tensor) -> None:
 
 
 def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask, select: Select = copied) -> None:
-    """Cut the pruned units of one layer. `groups`: its heads and neurons. `select`: see [`cut`]."""
+    """Cut the pruned units of one layer, in place.
+
+    Args:
+        layer (`nn.Module`): The layer.
+        groups (`list[UnitGroup]`): Its groups of heads and neurons.
+        mask ([`PruningMask`]): What stays. Whether the layer itself is dropped does not matter here.
+        select (`Callable`, *optional*): See [`cut`].
+    """
     for group in groups:
         keep = mask[group.name]
         if keep.all():
@@ -148,6 +175,10 @@ def cut_layer(layer: nn.Module, groups: list[UnitGroup], mask: PruningMask, sele
 
 def check_shrinkable(units: PrunableUnits, mask: PruningMask) -> None:
     """Raise unless a mask can be cut out of a model with these units.
+
+    Args:
+        units ([`PrunableUnits`]): The units.
+        mask ([`PruningMask`]): What is to stay.
 
     Raises:
         MaskError: It is for another model, or prunes what this family can't lose.
@@ -214,6 +245,13 @@ def shrink(model: PreTrainedModel, mask: PruningMask | None = None) -> PreTraine
 def shrunk_copy(model: PreTrainedModel, mask: PruningMask) -> PreTrainedModel:
     """What a mask leaves of a model, as a model of its own. A mask that the model carries does not count.
 
+    Args:
+        model (`PreTrainedModel`): The model. It is not changed.
+        mask ([`PruningMask`]): What stays.
+
+    Returns:
+        `PreTrainedModel`: A shrunk copy.
+
     Raises:
         As [`shrink`].
     """
@@ -228,7 +266,14 @@ def shrunk_copy(model: PreTrainedModel, mask: PruningMask) -> PreTrainedModel:
 
 
 def cut_model(model: PreTrainedModel, units: PrunableUnits, mask: PruningMask, select: Select = copied) -> None:
-    """Cut the pruned units and layers of a model. Its config only gets the number of layers. `select`: see [`cut`]."""
+    """Cut the pruned units and layers of a model, in place. Its config only gets the number of layers.
+
+    Args:
+        model (`PreTrainedModel`): The model.
+        units ([`PrunableUnits`]): Its units.
+        mask ([`PruningMask`]): What stays, see [`check_shrinkable`].
+        select (`Callable`, *optional*): See [`cut`].
+    """
     base = base_model(model)
     for stack in units.stacks.values():
         layers = base.get_submodule(stack.layers)

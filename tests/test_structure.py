@@ -11,7 +11,7 @@ import hf_prune
 
 ROOT = Path(hf_prune.__file__).parent
 LEVELS = """
-errors redaction architectures offload processes statistics least_squares tables
+errors redaction architectures emptied offload run_files processes statistics least_squares tables
 units masks weight_masks
 gates surgery slicing layout compression costs batches divergence matrices timing layer_timing latency
 calibration gradients selection reconstruction depth block_walk blockwise

@@ -19,7 +19,12 @@ logger = logging.get_logger(__name__)
 
 
 def zero_units(model: PreTrainedModel, mask: PruningMask) -> None:
-    """Zero the output weights of pruned heads and neurons: without gates the model computes the masked function."""
+    """Zero the output weights of pruned heads and neurons: without gates the model computes the masked function.
+
+    Args:
+        model (`PreTrainedModel`): The model, changed in place.
+        mask ([`PruningMask`]): What stays. Layers that it drops are left as they are.
+    """
     for group, columns in masked_columns(model, prunable_units(model), mask):
         module = site(model, group)
         with torch.no_grad():

@@ -39,7 +39,15 @@ def soft_gates(phi: torch.Tensor) -> torch.Tensor:
 
 
 def sample_gates(phi: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The random gates for logistic noise ln u − ln(1−u), see [`gate_noise`]."""
+    """The random gates, differentiable by φ.
+
+    Args:
+        phi (`torch.Tensor`): φ, (n,).
+        noise (`torch.Tensor`): Logistic noise ln u − ln(1−u), (n,), see [`gate_noise`].
+
+    Returns:
+        `torch.Tensor`: z from 0 to 1, (n,).
+    """
     return (torch.sigmoid((noise + phi) / BETA) * (ZETA - GAMMA) + GAMMA).clamp(0, 1)
 
 
@@ -78,7 +86,12 @@ def concentration_penalty(phi: torch.Tensor, module: torch.Tensor) -> torch.Tens
 
 
 def concentration_weight(phi: torch.Tensor, module: torch.Tensor) -> float:
-    """λc, the smallest weight with which R_conc wins against R_pass for one head that is not closed; at most 3000."""
+    """λc, the smallest weight with which R_conc wins against R_pass for one head that is not closed; at most 3000.
+
+    Args:
+        phi (`torch.Tensor`): φ of all gates, (n,).
+        module (`torch.Tensor`): For each gate the index of its attention module, (n,).
+    """
     log, total = _log_closed(phi, module)
     closed, opened = (q(phi).clamp(EPSILON, 1 - EPSILON) for q in (closed_probability, open_probability))
     ratio = (opened * (1 - opened) / (closed * (1 - closed))).clamp_min(1)
@@ -88,7 +101,14 @@ def concentration_weight(phi: torch.Tensor, module: torch.Tensor) -> float:
 
 
 def penalty_weight(count: int, base: float, growth: float, steps: int) -> float:
-    """λ = base · growth^(count / steps), at most 1e6."""
+    """λ = base · growth^(count / steps), at most 1e6.
+
+    Args:
+        count (`int`): c, the optimizer steps so far after which the constraint was not met.
+        base (`float`): λ at the beginning.
+        growth (`float`): By what λ grows in `steps` of them.
+        steps (`int`): See there.
+    """
     reached = math.log(base) + count / steps * math.log(growth) >= math.log(LAMBDA_CAP)  # the power may overflow
     return LAMBDA_CAP if reached else base * growth ** (count / steps)
 
@@ -212,6 +232,13 @@ class HeadGates:
 
 def add_head_gates(model: PreTrainedModel, seed: int = 0) -> HeadGates:
     """Gate all heads that can be pruned. φ is drawn uniformly from ±sqrt(6 / (heads of the module + 1)).
+
+    Args:
+        model (`PreTrainedModel`): The model. It gets one parameter `log_alpha` for each attention module.
+        seed (`int`, *optional*, defaults to 0): Of φ: the same in every process.
+
+    Returns:
+        [`HeadGates`]: The gates.
 
     Raises:
         UnsupportedModelError: The family is unknown, or has no heads that can be pruned.
