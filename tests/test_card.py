@@ -217,6 +217,34 @@ class TestWhatAReaderSees:
         assert "one forward pass takes 0.50× the time (batch 1, 27 tokens, float32, CPU, 1 thread)" in card
         assert "accuracy 0.8773 → 0.8670 (n = 872)" in card and "quality was not measured" not in card
 
+    def test_a_perplexity_has_its_tokens_and_an_interval(self, report, config):
+        row = {"metric": "perplexity", "before": 45.118, "after": 67.979, "n": 2046, "windows": 2}
+        row |= {"interval_before": (7.5, 271.25), "interval_after": [20.5, 225.0], "dataset": "wiki"}
+        report.evaluation = [row]
+        card = render_card(report, config, "x")
+        cells = "45.1180 (7.500 to 271.250) | 67.9790 (20.500 to 225.000) | +22.8610"
+        assert f"| perplexity (n = 2,046 tokens in 2 windows) | {cells} |" in card
+        assert "perplexity 45.1180 → 67.9790 (n = 2,046 tokens in 2 windows)" in card
+        assert "In brackets: 95 % confidence intervals, each of one model alone. A window of tokens counts" in card
+        report.evaluation = [{"metric": "perplexity", "before": 45.118, "after": 67.979, "n": 1022, "windows": 1}]
+        card = render_card(report, config, "x")
+        assert "(n = 1,022 tokens in 1 window) | 45.1180 | 67.9790 |" in card and "In brackets" not in card
+
+    def test_latency_that_was_predicted_is_called_so(self, report, config):
+        report.before["latency"], report.after["latency"] = 20.0, 15.0
+        report.latency = {"before": None, "after": None, "multiple_of": 1, "where": "batch 1, float32", "table": []}
+        card = render_card(report, config, "x")
+        assert "| latency, predicted | 20.00 ms | 15.00 ms | 0.75× |" in card and "latency p50" not in card
+        assert "predicted: the sum of a table of blocks that were measured one by one; batch 1, float32." in card
+        assert "latency was predicted from measured blocks, and not measured as a whole" in card
+        assert "Latency was not measured" not in card
+        report.latency |= {"before": 22.0, "after": 16.5}
+        card = render_card(report, config, "x")
+        assert "| latency p50 | 22.00 ms | 16.50 ms | 0.75× |" in card and "| latency, predicted | 20.00 ms" in card
+        assert "not measured as a whole" not in card and "Latency holds for the hardware" in card
+        report.verified["masked"] = True
+        assert "predicted" not in render_card(report, config, "x").partition("All settings")[0]
+
     def test_the_plan_has_a_row_for_each_layer(self, report, config):
         card = render_card(report, config, "x")
         for layer in range(3):

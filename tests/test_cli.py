@@ -770,10 +770,29 @@ class TestBench:
     def test_perplexity_of_plain_text(self, run, texts, tmp_path):
         model = save_tiny(tmp_path / "gpt", "gpt2", vocab_size=5 + len(WORDS))
         argv = ["--repeats", 1, "--batch-size", 1, "--sequence-length", 8, "--dataset", texts, "--max-length", 16]
-        code, out, _ = run("bench", model, *argv, "--metric", "perplexity", "--json")
+        folder = tmp_path / "pruned"
+        assert run("prune", model, "--method", "magnitude", "--budget", "macs=0.9", "--output", folder)[0] == 0
+        code, out, _ = run("bench", folder, "--against", model, *argv, "--metric", "perplexity", "--json")
+        assert code == 0
         tokenizer = BertTokenizerFast.from_pretrained(model)
-        found = hf_prune.metrics.perplexity(AutoModelForCausalLM.from_pretrained(model), tokenizer, TEXTS, window=16)
-        assert code == 0 and json.loads(out)[0]["scores"] == {"perplexity": pytest.approx(found)}
+        dense, pruned = (
+            hf_prune.metrics.estimate_perplexity(
+                AutoModelForCausalLM.from_pretrained(path), tokenizer, TEXTS, window=16
+            )
+            for path in (model, folder)
+        )
+        rows = json.loads(out)
+        assert [row["scores"] for row in rows] == [{"perplexity": pytest.approx(x.value)} for x in (dense, pruned)]
+        about = {"dataset": Path(texts).name, "samples": len(TEXTS), "predicted": dense.n, "windows": dense.windows}
+        assert rows[1]["scored_on"] == about and dense.windows > 1
+
+        (tmp_path / "bench.json").write_text(out)
+        assert run("card", folder, "--bench", tmp_path / "bench.json")[0] == 0
+        (row,) = hf_prune.PruningReport.load(folder).evaluation
+        assert (row["n"], row["windows"]) == (dense.n, dense.windows)
+        assert row["interval_before"] == pytest.approx(dense.interval)
+        assert row["interval_after"] == pytest.approx(pruned.interval)
+        assert f"perplexity (n = {dense.n:,} tokens in {dense.windows} windows)" in (folder / "README.md").read_text()
 
     def test_quality_without_labels(self, run, dense, texts):
         code, out, err = run("bench", dense, "--dataset", texts)

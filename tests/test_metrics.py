@@ -22,6 +22,7 @@ from hf_prune.metrics import (
     Perplexity,
     Spearman,
     compute_metrics_for,
+    estimate_perplexity,
     lm_eval,
     perplexity,
 )
@@ -140,6 +141,42 @@ class TestPerplexity:
             losses = [model(window[None], labels=window[None]).loss.item() for window in windows]
         found = perplexity(model.train(), Letters(), [TEXT], window=32, max_tokens=128)
         assert found == pytest.approx(math.exp(sum(losses) / 4), rel=1e-5) and model.training
+
+    @pytest.mark.parametrize(
+        ("window", "stride", "tokens"), [(16, 16, 160), (16, 16, 165), (16, 5, 100), (80, 80, 160)]
+    )
+    def test_an_interval_over_windows(self, window, stride, tokens):
+        model, ids = tiny_model("llama", max_position_embeddings=80), self.ids()[:tokens]
+        sums, counts, end = [], [], 0
+        for begin in range(0, len(ids), stride):
+            part = ids[begin : begin + window]
+            with torch.no_grad():
+                losses = -model(part[None]).logits[0, :-1].log_softmax(-1)[range(len(part) - 1), part[1:]]
+            losses = losses[max(end - begin - 1, 0) :].double()
+            if len(losses):
+                sums.append(losses.sum().item())
+                counts.append(len(losses))
+            if (end := begin + len(part)) == len(ids):
+                break
+        found = estimate_perplexity(model, Letters(), [TEXT], window=window, stride=stride, max_tokens=tokens)
+        k, mean = len(sums), sum(sums) / sum(counts)
+        assert (found.n, found.windows) == (sum(counts), k)
+        assert found.value == perplexity(model, Letters(), [TEXT], window=window, stride=stride, max_tokens=tokens)
+        assert found.value == pytest.approx(math.exp(mean), rel=1e-5)
+        # Student's quantiles as tables have them.
+        t = {10: 2.262157, 11: 2.228139, 2: 12.706205, 18: 2.109816}[k]
+        spread = sum((a - mean * n) ** 2 for a, n in zip(sums, counts, strict=True)) / (k - 1)
+        half = t * math.sqrt(k * spread) / sum(counts)
+        assert found.interval == pytest.approx((math.exp(mean - half), math.exp(mean + half)), rel=1e-4)
+        if len(set(counts)) == 1:  # then it is the textbook's
+            deviation = np.std(np.array(sums) / counts[0], ddof=1)
+            assert half == pytest.approx(t * deviation / math.sqrt(k))
+
+    def test_no_interval_of_one_window_or_infinity(self):
+        model = tiny_model("llama")
+        assert estimate_perplexity(model, Letters(), [TEXT], window=64, max_tokens=64).interval is None
+        model.lm_head.weight.data *= 1e6
+        assert estimate_perplexity(model, Letters(), [TEXT], window=16).interval is None
 
     def test_texts_of_any_kind(self, tmp_path):
         model, texts = tiny_model("llama"), [TEXT[:70], TEXT[70:]]

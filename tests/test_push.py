@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub import ModelCard
 from loopback_hub import OTHER_TOKEN, READ_TOKEN, TOKEN, LoopbackHub
 from test_layout import shrunk
+from tiny import tiny_model
 
 import hf_prune
 from hf_prune import cli
@@ -297,6 +298,63 @@ class TestBeforeAnyNetwork:
     def test_options_of_a_model_for_a_folder(self, tmp_path, option):
         with pytest.raises(ConfigError, match="is for a model in memory"):
             hf_prune.push_to_hub(tmp_path, "user/x", token="hf_x", **option)
+
+
+MARIAN = """
+import sys
+import torch, transformers as T
+import hf_prune
+tokenizer = T.MarianTokenizer.from_pretrained(sys.argv[1])
+model = hf_prune.prunable(T.MarianMTModel.from_pretrained(sys.argv[1])).eval()
+model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
+model.shrink()
+model.push_to_hub("user/marian", processing_class=tokenizer)
+
+loaded, words = T.MarianMTModel.from_pretrained("user/marian").eval(), T.AutoTokenizer.from_pretrained("user/marian")
+assert type(words) is T.MarianTokenizer and words.get_vocab() == tokenizer.get_vocab()
+sources, targets = ["a good film", "so bad a film"], ["ein guter Film", "gar nicht gut"]
+assert words(sources, text_target=targets).data == tokenizer(sources, text_target=targets).data
+ids = words(text_target=targets).input_ids
+assert words.batch_decode(ids, skip_special_tokens=True) == targets
+inputs = words(sources, return_tensors="pt", padding=True)
+with torch.no_grad():
+    mine, theirs = (m(**inputs, decoder_input_ids=inputs.input_ids).logits for m in (model, loaded))
+    assert torch.equal(mine, theirs), "other logits"
+    generated = [m.generate(**inputs, max_new_tokens=5, num_beams=2) for m in (model, loaded)]
+assert torch.equal(*generated), "another translation"
+"""
+
+
+def test_a_marian_tokenizer_with_its_two_models_of_pieces(client, tmp_path):
+    pieces = pytest.importorskip("sentencepiece")
+    folder, vocabulary = tmp_path / "marian", {"</s>": 0, "<unk>": 1}
+    folder.mkdir()
+    texts = {
+        "source": ["a good film", "a very bad film", "the film is good", "not so bad at all"],
+        "target": ["ein guter Film", "ein sehr schlechter Film", "der Film ist gut", "gar nicht so schlecht"],
+    }
+    for side, lines in texts.items():
+        with (folder / f"{side}.spm").open("wb") as file:
+            pieces.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines), model_writer=file, vocab_size=30, hard_vocab_limit=False, minloglevel=2
+            )
+        model = pieces.SentencePieceProcessor(model_file=str(folder / f"{side}.spm"))
+        for piece in map(model.id_to_piece, range(3, len(model))):  # after <unk>, <s> and </s>
+            vocabulary.setdefault(piece, len(vocabulary))
+    vocabulary["<pad>"] = len(vocabulary)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    files = {"source_spm": "source.spm", "target_spm": "target.spm", "vocab": "vocab.json"}
+    paths = {name: str(folder / file) for name, file in files.items()}
+    transformers.MarianTokenizer(**paths, source_lang="en", target_lang="de").save_pretrained(folder)
+    special = {"pad_token_id": vocabulary["<pad>"], "eos_token_id": 0, "decoder_start_token_id": vocabulary["<pad>"]}
+    tiny_model("marian", vocab_size=len(vocabulary), **special).save_pretrained(folder)
+
+    done = run(["-c", MARIAN], client, tmp_path / "home", folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, commit = commits(client, "user/marian")
+    assert set(commit.files) >= {*files.values(), "tokenizer_config.json"}
+    assert all(commit.files[name] == (folder / name).read_bytes() for name in ("source.spm", "target.spm"))
+    assert "AutoTokenizer.from_pretrained" in card(commit).text
 
 
 def test_command_line(client, tmp_path, capsys):

@@ -107,6 +107,11 @@ class TestSearch:
         report = front.report(0, MODEL)
         assert report.latency["before"] is None and report.latency["where"] and report.latency["table"]
         assert report.after["latency"] == milliseconds[0]
+        assert any("measured as a whole" in line for line in report.latency["table"])
+        card = (front.save_models(tmp_path / "front", MODEL)[0] / "README.md").read_text()
+        row = next(line for line in card.splitlines() if line.startswith("| latency, predicted"))
+        assert f"| {milliseconds[0] / front.dense['latency']:.2f}× |" in row
+        assert "Latency was not measured" not in card and report.latency["where"] in card
 
     def test_duplicates_are_not_evaluated_again(self):
         calls = Counter()

@@ -31,17 +31,21 @@ def run(monkeypatch, capsys, *arguments):
 def test_it_prunes_saves_and_reloads(method, tmp_path, monkeypatch, capsys):
     tiny_model("llama", max_position_embeddings=1024).save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("good bad very film film good very bad good film " * 60)
+    (tmp_path / "text.txt").write_text("good bad very film film good very bad good film " * 120)
     files = {"--model": "model", "--train": "text.txt", "--valid": "text.txt", "--output_dir": "out"}
     given = [part for name, file in files.items() for part in (name, tmp_path / file)]
-    sizes = ["--samples", 4, "--length", 64, "--eval_tokens", 200, "--cache_dir", tmp_path / "cache"]
+    sizes = ["--samples", 4, "--length", 64, "--eval_tokens", 1197, "--cache_dir", tmp_path / "cache"]
     rows = run(monkeypatch, capsys, "--method", method, *METHODS[method], *given, *sizes)
     assert ("recovered" in rows) == (method == "wanda")
     assert rows["reloaded"] == rows.get("recovered", rows["pruned"]) != rows["dense"]
     mask = hf_prune.WeightMask.load(tmp_path / "out")
     mask.check(T.AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     assert mask.sparsity() == pytest.approx(0.5, abs=0.03)
-    assert hf_prune.PruningReport.load(tmp_path / "out").method == method
+    report = hf_prune.PruningReport.load(tmp_path / "out")
+    assert report.method == method
+    (row,) = report.evaluation
+    assert (f"{row['before']:.2f}", f"{row['after']:.2f}") == (rows["dense"], rows["reloaded"])
+    assert (row["n"], row["windows"]) == (1197 - 2, 2) and row["interval_before"][0] < row["before"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """`hf-prune bench`: measure checkpoints side by side."""
 
 import argparse
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
     device = check_device(args.device)
     checkpoints = {name: _folder(model) for name, model in zip(names, given, strict=True)}
     with trying(f"measure {', '.join(given)}"):
-        scores, scored_on = _quality(args, checkpoints, device) if args.dataset is not None else ({}, None)
+        quality = _quality(args, checkpoints, device) if args.dataset is not None else ({}, None, {})
+        scores, scored_on, intervals = quality
         rows = compare(
             checkpoints,
             batch_sizes=args.batch_size,
@@ -93,28 +94,34 @@ def run(args: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
             scores=scores,
             scored_on=scored_on,
         )
+    rows = [replace(row, intervals=intervals.get(row.name, {})) for row in rows]
     return [asdict(row) for row in rows], comparison_table(rows)
 
 
 def _quality(
     args: argparse.Namespace, checkpoints: dict[str, str], device: str
-) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
-    """The metric of each model, and on what data."""
-    data, scores, scored_on = read_examples(args), {}, {}
+) -> tuple[dict[str, dict[str, float]], dict[str, Any], dict[str, dict[str, tuple[float, float]]]]:
+    """The metric of each model, on what data, and the confidence intervals that don't follow from their number."""
+    data, scored_on = read_examples(args), {}
+    scores: dict[str, dict[str, float]] = {}
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
     for name, folder in checkpoints.items():
         model, processor = load_checkpoint(folder, device=device), load_processor(folder)
         text = data[args.text_column] if args.text_column is not None else data
         if args.metric == "perplexity" and all(isinstance(line, str) for line in text):
-            from ..metrics import perplexity  # needs packages that hf_prune does not
+            from ..metrics import estimate_perplexity  # needs packages that hf_prune does not
 
             text = list(text)[: args.max_samples]
             window = min(args.max_length or 1024, getattr(model.config, "max_position_embeddings", 1024))
-            value, scored_on = perplexity(model, processor, text, window=window), {"samples": len(text)}
+            found = estimate_perplexity(model, processor, text, window=window)
+            value, scored_on = found.value, {"samples": len(text), "predicted": found.n, "windows": found.windows}
+            if found.interval is not None:
+                intervals[name] = {args.metric: found.interval}
         else:
             calibrator = Calibrator(model, data, processing_class=processor, labels=True, **reading(args))
             value, scored_on = Evaluator(calibrator, args.metric).measure(model), calibrator.describe()
         scores[name] = {args.metric: value}
-    return scores, {"dataset": Path(args.dataset).name, **scored_on}
+    return scores, {"dataset": Path(args.dataset).name, **scored_on}, intervals
 
 
 def _folder(model: str) -> str:

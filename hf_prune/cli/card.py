@@ -66,9 +66,17 @@ def _evaluation(file: str, dense: dict[str, Any], pruned: dict[str, Any]) -> lis
     if before.keys() != after.keys():
         found = " and ".join(f"{row.get('name')!r} {sorted(row.get('scores') or {})}" for row in (dense, pruned))
         raise ConfigError(f"{file}: both rows must have the same scores, they are of {found}: measure them together.")
-    known = {key: about[key] for key in ("dataset", "config", "split", "revision") if key in about}
+    known = {key: about[key] for key in ("dataset", "config", "split", "revision", "windows") if key in about}
+    intervals = {"interval_before": dense.get("intervals") or {}, "interval_after": pruned.get("intervals") or {}}
     return [
-        {"metric": metric, "before": before[metric], "after": value, "n": about.get("samples"), **known}
+        {
+            "metric": metric,
+            "before": before[metric],
+            "after": value,
+            "n": about.get("predicted", about.get("samples")),
+            **{key: found[metric] for key, found in intervals.items() if metric in found},
+            **known,
+        }
         for metric, value in after.items()
     ]
 

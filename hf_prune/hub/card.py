@@ -74,7 +74,7 @@ def write_card(
     if known.schema_version > SCHEMA_VERSION:
         raise PruningError(
             f"The report is of schema {known.schema_version}, written by a newer hf_prune; this one knows schema "
-            f"{SCHEMA_VERSION} and would lose what is new: pip install -U hf_prune."
+            f"{SCHEMA_VERSION} and would lose what is new: update hf_prune."
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -307,7 +307,7 @@ def usage(
     if auto_class is not None:
         options += ", trust_remote_code=True"
     elif needs_hf_prune:
-        first.append("import hf_prune  # rebuilds the shapes, pip install hf_prune")
+        first.append("import hf_prune  # must be installed: it rebuilds the shapes")
     loads = [f"model = {cls}.from_pretrained({where}{options})"]
     names = [cls] if auto_class is not None or importable else []
     if processor in PROCESSORS:

@@ -49,8 +49,7 @@ def verdict(report: PruningReport, base: str | None) -> str:
         where = f"batch {before.batch_size}, {text(setting(rows[0]).partition(';')[0])}"
         facts.append(f"one forward pass takes {after.p50_ms / before.p50_ms:.2f}× the time ({where})")
     for row in sorted(report.evaluation, key=lambda row: row["metric"] == "loss")[:1]:  # a metric of the task, if any
-        n = f" (n = {row['n']:,})" if row.get("n") else ""
-        facts.append(f"{text(row['metric'])} {row['before']:.4f} → {row['after']:.4f}{n}")
+        facts.append(f"{text(row['metric'])} {row['before']:.4f} → {row['after']:.4f}{_count(row)}")
     return "; ".join(facts) + ".**"
 
 
@@ -75,10 +74,8 @@ def measured(report: PruningReport) -> str:
         rows.append([what, *quantities([before, after], unit), f"{after / before:.2f}×" if before else ""])
 
     for row in report.evaluation:
-        n = row.get("n")
-        what = f"{text(row['metric'])}{f' (n = {n:,})' if n else ''}"
         cells = [_quality(row, when) for when in ("before", "after")]
-        rows.append([what, *cells, f"{row['after'] - row['before']:+.4f}"])
+        rows.append([f"{text(row['metric'])}{_count(row)}", *cells, f"{row['after'] - row['before']:+.4f}"])
     for key, what in (
         ("params", "parameters"),
         ("nonzero", "parameters that are not zero"),
@@ -98,6 +95,8 @@ def measured(report: PruningReport) -> str:
                     add(f"{where} {name}, batch {runs[0].batch_size}", before, after, "ms")
     elif (times := _timed(report)) is not None:
         add("latency p50", *times, "ms")
+    if (times := _predicted(report)) is not None:
+        add("latency, predicted", *times, "ms")
     return markdown_table(["", "dense", "pruned", "pruned vs dense"], rows)
 
 
@@ -108,11 +107,31 @@ def _timed(report: PruningReport) -> tuple[float, float] | None:
     return report.latency["before"], report.latency["after"]
 
 
+def _predicted(report: PruningReport) -> tuple[float, float] | None:
+    """Milliseconds before and after as a table of measured blocks adds them up. They are those of what is cut."""
+    if report.latency is None or "latency" not in report.after or report.masked:
+        return None
+    return report.before["latency"], report.after["latency"]
+
+
+def _count(row: Mapping[str, Any]) -> str:
+    """On how much a metric was measured."""
+    windows = row.get("windows")
+    where = f" tokens in {windows:,} window{'s' if windows > 1 else ''}" if windows else ""
+    return f" (n = {row['n']:,}{where})" if row.get("n") else ""
+
+
 def _quality(row: Mapping[str, Any], when: str) -> str:
-    value, interval = row[when], row.get(f"interval_{when}")
-    if interval is None and row.get("n") and row["metric"] in _SHARES and 0 <= value <= 1:
-        interval = wilson_interval(value, row["n"])
-    return f"{value:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+    interval = _interval(row, when)
+    return f"{row[when]:.4f}" + (f" ({interval[0]:.3f} to {interval[1]:.3f})" if interval else "")
+
+
+def _interval(row: Mapping[str, Any], when: str) -> Sequence[float] | None:
+    """The 95 % confidence interval of a metric, where it is known or follows from n."""
+    value, known = row[when], row.get(f"interval_{when}")
+    if known is None and row.get("n") and row["metric"] in _SHARES and 0 <= value <= 1:
+        return wilson_interval(value, row["n"])
+    return known
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
@@ -132,8 +151,10 @@ def notes(report: PruningReport) -> str:
     if report.masked:
         left = f"{report.ratio('params'):.2f}× the parameters and {report.ratio('macs'):.2f}× the MACs"
         found.append(f"`hf_prune.shrink` would leave {left}.")
-    if any(row.get("n") and row["metric"] in _SHARES for row in report.evaluation):
-        found.append("In brackets: 95 % confidence intervals, each of one model alone.")
+    if any(_interval(row, when) for row in report.evaluation for when in ("before", "after")):
+        windows = any(row.get("windows") for row in report.evaluation)
+        how = " A window of tokens counts as one observation (Student's t)." if windows else ""
+        found.append(f"In brackets: 95 % confidence intervals, each of one model alone.{how}")
     data = [
         f"{text(row['metric'])} on {text(' '.join(str(row[k]) for k in ('dataset', 'config', 'split') if row.get(k)))}"
         for row in report.evaluation
@@ -146,6 +167,9 @@ def notes(report: PruningReport) -> str:
         found.append(f"Latency of one forward pass, the models taking turns: {text(setting(pair[0]))}.")
     elif report.latency is not None and _timed(report):
         found.append(f"Latency: {text(report.latency['where'])}.")
+    if report.latency is not None and _predicted(report):
+        where = text(report.latency["where"])
+        found.append(f"Latency, predicted: the sum of a table of blocks that were measured one by one; {where}.")
     return "\n".join(found)
 
 
@@ -260,6 +284,10 @@ def limits(report: PruningReport) -> list[str]:
         found.append("Tensors keep their shapes: memory and latency gain nothing without kernels for sparse weights.")
     elif pair and pair[0].latency or _timed(report):
         found.append("Latency holds for the hardware and the sizes named above.")
+    elif _predicted(report):
+        found.append(
+            "Its latency was predicted from measured blocks, and not measured as a whole: `hf-prune bench` does that."
+        )
     else:
         found.append("Latency was not measured. Fewer multiply-accumulates are not always less time.")
     found.append(

@@ -235,7 +235,8 @@ class ParetoFront(Sequence[SubNetwork]):
     def report(self, index: int, model: PreTrainedModel) -> PruningReport:
         """What a point is, how it was found, and its quality next to the whole model's on the data of the search.
 
-        Latency, where the search counted it, is a sum of measured blocks: that of the point was not measured.
+        Where the search counted latency, the report has that of the point as predicted (`after["latency"]`), and the
+        measured blocks that it is a sum of (`latency["table"]`). The point as a whole was not timed.
 
         Args:
             index (`int`): Of the point.
