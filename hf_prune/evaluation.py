@@ -11,7 +11,7 @@ from transformers import EvalPrediction, PreTrainedModel
 
 from .batches import Batch, is_causal_lm
 from .calibration import Calibrator
-from .errors import ConfigError, unknown
+from .errors import ConfigError, PruningError, unknown
 from .timing import evaluating
 
 ComputeMetrics = Callable[[EvalPrediction], Mapping[str, float]]
@@ -122,12 +122,24 @@ class Evaluator:
         return _one_or_all(logits), _one_or_all(labels)
 
 
-def _named(metric: str) -> ComputeMetrics:
-    # Here, for they need packages that hf_prune does not.
-    from .metrics import F1, Accuracy, Matthews, Spearman, compute_metrics_for
+def load_metrics() -> Any:
+    """The module [`metrics`], which needs packages that hf_prune does not.
 
-    found = {"accuracy": Accuracy, "f1": F1, "matthews": Matthews, "spearman": Spearman}[metric]()
-    return compute_metrics_for(found)
+    Raises:
+        PruningError: One of them is not installed.
+    """
+    try:
+        from . import metrics
+    except ImportError as error:
+        raise PruningError(f"Metrics need {error.name}: pip install 'hf_prune[examples]'") from error
+    return metrics
+
+
+def _named(metric: str) -> ComputeMetrics:
+    metrics = load_metrics()
+    found = {"accuracy": "Accuracy", "f1": "F1", "matthews": "Matthews", "spearman": "Spearman"}[metric]
+    compute: ComputeMetrics = metrics.compute_metrics_for(getattr(metrics, found)())
+    return compute
 
 
 def _array(logits: torch.Tensor) -> np.ndarray:

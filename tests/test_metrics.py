@@ -10,11 +10,13 @@ import pytest
 import torch
 from test_layout import shrunk
 from test_saving import tokenizer
-from tiny import tiny_model
+from tiny import tiny_batch, tiny_model
 from transformers import AutoModelForCausalLM, EvalPrediction
 
+import hf_prune
 from hf_prune import save_pretrained
-from hf_prune.errors import CalibrationError, ConfigError, UnsupportedModelError
+from hf_prune.errors import CalibrationError, ConfigError, PruningError, UnsupportedModelError
+from hf_prune.evaluation import Evaluator
 from hf_prune.metrics import (
     F1,
     Accuracy,
@@ -280,3 +282,11 @@ metric_list:
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         with pytest.raises(ConfigError, match=r"pip install \"hf_prune\[eval\]\""):
             lm_eval(tiny_model("llama"), tokenizer(), ["choice"])
+
+
+def test_metrics_without_their_packages_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    monkeypatch.delitem(sys.modules, "hf_prune.metrics")
+    monkeypatch.delattr(hf_prune, "metrics")
+    with pytest.raises(PruningError, match=r"evaluate: pip install 'hf_prune\[examples\]'"):
+        Evaluator(hf_prune.Calibrator(tiny_model("bert"), [tiny_batch("bert", labels=True)], labels=True), "accuracy")

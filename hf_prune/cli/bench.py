@@ -7,10 +7,9 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from .. import evaluation
 from ..benchmark import compare, comparison_table, load_checkpoint
 from ..calibration import Calibrator
-from ..evaluation import Evaluator
+from ..evaluation import METRICS, Evaluator, load_metrics
 from ..hub.files import VOCABULARIES
 from .arguments import MODEL, add_device, count, distinct_names
 from .data import add_data, read_examples, reading
@@ -68,9 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="export each model, which takes a while, and measure its latency in ONNX Runtime too",
     )
-    parser.add_argument(
-        "--metric", default="accuracy", choices=evaluation.METRICS, help="of the quality; default: %(default)s"
-    )
+    parser.add_argument("--metric", default="accuracy", choices=METRICS, help="of the quality; default: %(default)s")
     add_data(parser, "data to measure quality on", batch_size=False)
 
 
@@ -109,11 +106,9 @@ def _quality(
         model, processor = load_checkpoint(folder, device=device), load_processor(folder)
         text = data[args.text_column] if args.text_column is not None else data
         if args.metric == "perplexity" and all(isinstance(line, str) for line in text):
-            from ..metrics import estimate_perplexity  # needs packages that hf_prune does not
-
             text = list(text)[: args.max_samples]
             window = min(args.max_length or 1024, getattr(model.config, "max_position_embeddings", 1024))
-            found = estimate_perplexity(model, processor, text, window=window)
+            found = load_metrics().estimate_perplexity(model, processor, text, window=window)
             value, scored_on = found.value, {"samples": len(text), "predicted": found.n, "windows": found.windows}
             if found.interval is not None:
                 intervals[name] = {args.metric: found.interval}
