@@ -6,7 +6,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
-import test_search
+import searches
 import test_supernet
 import test_trainers
 import torch
@@ -133,13 +133,12 @@ def supernet(out: Path) -> None:
 
 def search(out: Path) -> None:
     fronts = [
-        test_search.search(test_search.DATA, metric=metric, num_samples=6, method="nsga2")
-        for metric in ("accuracy", "loss")
+        searches.search(searches.DATA, metric=metric, num_samples=6, method="nsga2") for metric in ("accuracy", "loss")
     ]
     text = json.dumps([[(point.member, point.error) for point in front.evaluated] for front in fronts])
     (out / f"search-{WHO}").write_text(text)
     # Every process finds the folders written once it goes on.
-    folders = fronts[0].save_models(out / f"front-{STATE.num_processes}", test_search.MODEL)
+    folders = fronts[0].save_models(out / f"front-{STATE.num_processes}", searches.MODEL)
     assert all((folder / "model.safetensors").exists() for folder in folders)
     fronts[1].save(out / f"front-{STATE.num_processes}")
     assert list(hf_prune.ParetoFront.load(out / f"front-{STATE.num_processes}")) == list(fronts[1])

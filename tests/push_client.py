@@ -15,9 +15,9 @@ import huggingface_hub.utils._http
 import torch
 import transformers as T
 from datasets import Dataset
+from folders import tokenizer
 from loopback_hub import OTHER_TOKEN, READ_TOKEN
-from test_layout import logits as logits_of
-from test_saving import tokenizer
+from pruned import logits as logits_of
 from tiny import tiny_batch, tiny_model
 
 import hf_prune

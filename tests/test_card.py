@@ -1,84 +1,25 @@
-"""Model cards: what a reader sees, what machines read, and what must never be in one."""
+"""Model cards: what a reader sees, what machines read, and the cards of this repository."""
 
 import json
-import os
 import re
-import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 import transformers as T
 import yaml
+from folders import tokenizer
 from huggingface_hub import ModelCard
-from test_saving import tokenizer
+from pruned import measured
 from tiny import tiny_model
 
 import hf_prune
-from hf_prune import PruningReport, cli, render_card, write_card
-from hf_prune.benchmark import Measurement
-from hf_prune.errors import ConfigError, PruningError
+from hf_prune import PruningReport, render_card
 from hf_prune.hub.card import MARKER, origin
-from hf_prune.hub.markdown import block, code, text
 from hf_prune.hub.sections import wilson_interval
-from hf_prune.redaction import redact
-from hf_prune.timing import Latency
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 NAMES = ["minilm-kcm", "minilm-kprune", "minilm-nas", "minilm-pass", "smollm-wanda-lora"]
-TEXTS = ["good film", "very bad film", "good", "very very bad"] * 8
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A pruned model, saved, and its report."""
-    folder = tmp_path_factory.mktemp("saved") / "bert-small"
-    model = hf_prune.prunable(tiny_model("bert"))
-    config = hf_prune.KCMConfig(budget={"macs": 0.7}, exclude=("encoder.layer.0.*",))
-    model.prune(config, TEXTS, processing_class=tokenizer())
-    model.shrink().save_pretrained(folder, processing_class=tokenizer())
-    return folder
-
-
-@pytest.fixture
-def folder(saved, tmp_path):
-    return Path(shutil.copytree(saved, tmp_path / "bert-small"))
-
-
-@pytest.fixture
-def report(saved):
-    return PruningReport.load(saved)
-
-
-@pytest.fixture
-def config(saved):
-    return json.loads((saved / "config.json").read_text())
-
-
-def measured(report):
-    """The report, with a benchmark and an evaluation."""
-    runs = [
-        [Latency(p50, 1.5 * p50, batch, 27, "cpu", 1, "float32") for batch, p50 in ((1, 10 * s), (8, 60 * s))]
-        for s in (1, 0.5)
-    ]
-    rows = [
-        Measurement("a", 1000, 2e6, 4_000_000, 8_000_000, runs[0], onnx_latency=runs[0][1:]),
-        Measurement("b", 700, 1e6, 3_000_000, 6_000_000, runs[1], onnx_latency=runs[1][1:]),
-    ]
-    report.benchmark = [asdict(row) for row in rows]
-    report.evaluation = [
-        {
-            "metric": "accuracy",
-            "before": 0.8773,
-            "after": 0.867,
-            "n": 872,
-            "dataset": "nyu-mll/glue",
-            "config": "sst2",
-        },
-        {"metric": "loss", "before": 0.31, "after": 0.33},
-    ]
-    return report
 
 
 def fenced(card, language):
@@ -315,209 +256,6 @@ class TestMetadata:
         assert (data.license, data.language, data.base_model) == ("mit", "en", "a/b")
         (dense / "README.md").write_text("---\nlicense: [\n---\n")
         assert origin(model) == {}
-
-
-HOSTILE = [
-    "</details><script>alert(1)</script>",
-    "| a | b |\n| --- | --- |\n# Title",
-    "{{ 7 * 7 }}{% raw %}",
-    "---\nlicense: evil\n---",
-    "``` \n~~~~ ````",
-    "[link](javascript:alert(1)) ![x](http://y) **b** `c` $x$",
-    "\u202egnp.exe\x00\x1b[31m",
-]
-SECRETS = {
-    "hf_" + "Ab1" * 11: "a token",
-    "ghp_" + "Ab1" * 12: "a token",
-    "https://me:hunter2@example.com/x": "hunter2",
-    "--hub-token hunter3x": "hunter3x",
-    "https://example.com/?token=hunter4x&a=1": "hunter4x",
-    "Authorization: Bearer hunter5x": "hunter5x",
-    "https://me:p@hunter6x@example.com/x": "hunter6x",
-    "https://me:p/hunter7x@example.com/x": "hunter7x",
-    "Authorization: Basic aHVudGVyOHg6eA": "aHVudGVyOHg6eA",
-    "curl -u alice:hunter9x example.com": "hunter9x",
-    "/home/canary/secret-project": "canary",
-    "/Users/canary/secret-project": "canary",
-    "C:\\Users\\canary\\secret": "canary",
-    "the value sesame-open-now": "sesame-open-now",
-}
-
-
-def planted(report, words):
-    """A report that has these words in every field that takes any."""
-    data = measured(report).to_dict()
-    data.update(method=words, model_type=words, command=words, sequence_lengths={words: 27.0})
-    data["config"] |= {words: words, "seed": words, "recover": words}
-    data["facts"] |= {"recover": words}
-    data["packages"] |= {words: words}
-    data["recovery"] = {words: words}
-    data["calibration"] |= {"dataset": words, "split": words, "revision": words, "sha256": words}
-    data["metadata"] = dict.fromkeys(
-        ("base_model", "license", "license_name", "license_link", "language", "datasets", "tags", "base_revision"),
-        words,
-    )
-    data["papers"] = [dict.fromkeys(("title", "venue", "arxiv", "authors", "url"), words)]
-    for row in data["evaluation"]:
-        row |= dict.fromkeys(("metric", "dataset", "config", "split", "revision"), words)
-    for row in data["benchmark"]:
-        row["name"] = words
-        for run in row["latency"]:
-            run |= {"device": words, "dtype": words}
-    for row in data["units"]:
-        row |= {"name": f"{row['name']}{words}", "stack": f"{row['stack']}{words}"}
-    data["verified"] |= {"dtype": words, "attention": words}
-    return PruningReport.from_dict(data)
-
-
-class TestForeignWords:
-    @pytest.mark.parametrize("words", HOSTILE)
-    def test_they_stay_words(self, report, config, words):
-        card = render_card(planted(report, words), config, words)
-        _, head, body = card.split("---\n", 2)
-        data = yaml.safe_load(head)
-        assert set(data) <= {"tags", "pipeline_tag", "library_name", "model-index"}, data
-        outside = re.sub(r"^(`{3,})\w*\n.*?\n\1$", "", body, flags=re.DOTALL | re.MULTILINE)
-        outside = re.sub(r"(?<!\\)`[^`\n]*`", "", outside)
-        tags = re.findall(r"<[^>]*>", outside)
-        assert set(tags) <= {MARKER, "<details>", "</details>", "<summary>", "</summary>"}
-        assert [line for line in outside.splitlines() if line.startswith("#")][0].startswith("# ")
-        assert sum(line.startswith("# ") for line in outside.splitlines()) == 1
-        assert "49" not in outside and not re.search(r"(?<!\\)\]\((javascript|http):", outside)
-        assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e]", outside)
-        for line in outside.splitlines():  # no cell is split in two
-            if line.startswith("| encoder"):
-                assert len(re.findall(r"(?<!\\)\|", line)) == len(re.findall(r"(?<!\\)\|", rows_head(outside)))
-
-    @pytest.mark.parametrize(("words", "secret"), SECRETS.items())
-    def test_secrets_are_left_out(self, report, config, words, secret, tmp_path, monkeypatch):
-        monkeypatch.setenv("WANDB_API_KEY", "sesame-open-now")
-        secret = words if secret == "a token" else secret
-        report = planted(report, words)
-        assert secret in json.dumps(report.to_dict())  # the canary is there
-        assert secret not in render_card(report, config, words)
-        report.save(tmp_path / "report.json")
-        assert secret not in (tmp_path / "report.json").read_text()
-
-    def test_home(self, monkeypatch):
-        monkeypatch.setenv("HOME", "/srv/people/canary")
-        assert redact("see /srv/people/canary/x and /srv/people/canary2") == "see ~/x and /srv/people/canary2"
-        assert redact({"hub_token": "x", "Authorization": "x", "pad_token": "[PAD]", "tokens": 5}) == {
-            "hub_token": "...",
-            "Authorization": "...",
-            "pad_token": "[PAD]",
-            "tokens": 5,
-        }
-
-    def test_plain_words_come_out_as_they_are(self):
-        sentence = "Accuracy of 5,120 tokens at 0.5 - see a/b.c (n = 3)"
-        assert redact(sentence) == text(sentence) == code(sentence) == sentence
-        assert block("a\n```\nb") == "````\na\n```\nb\n````"
-
-
-def rows_head(body):
-    return next(line for line in body.splitlines() if line.startswith("| kept |"))
-
-
-class TestWriting:
-    def test_it_is_a_function_of_what_is_saved(self, folder):
-        before = (folder / "README.md").read_bytes()
-        write_card(folder)
-        assert (folder / "README.md").read_bytes() == before
-
-    def test_a_report_that_learned_more(self, folder):
-        report = measured(PruningReport.load(folder))
-        write_card(folder, report, name="me/it")
-        card = (folder / "README.md").read_text()
-        assert "# me/it" in card and "0.8773" in card
-        assert PruningReport.load(folder).evaluation == report.evaluation
-
-    def test_the_card_of_somebody_else_stays(self, folder):
-        edited = (folder / "README.md").read_text().replace(MARKER, "") + "mine"
-        (folder / "README.md").write_text(edited)
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(ConfigError, match="was not written by hf_prune, or was edited"):
-            write_card(folder, measured(PruningReport.load(folder)))
-        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-        model = hf_prune.prunable(tiny_model("bert"))
-        model.prune(hf_prune.MagnitudeConfig(budget={"macs": 0.8}))
-        model.save_pretrained(folder)
-        assert (folder / "README.md").read_text() == edited
-        assert PruningReport.load(folder).method == "magnitude"
-
-    def test_a_card_of_ours_goes_with_its_model(self, folder):
-        hf_prune.save_pretrained(tiny_model("bert"), folder)  # without a report
-        assert not {"README.md", "pruning_layers.png", "pruning_report.json"} & set(os.listdir(folder))
-
-    @pytest.mark.parametrize(
-        "broken",
-        [
-            {"units": [{}]},
-            {"evaluation": [{"metric": "x", "before": "a", "after": "b"}]},
-            {"benchmark": [{"name": "x"}]},
-            {"papers": [{}]},
-            {"model_class": "os; import x"},
-            {"verified": {}},
-            {"before": {}, "after": {}},
-        ],
-        ids=lambda broken: next(iter(broken)),
-    )
-    def test_malformed_reports(self, folder, broken):
-        data = {**json.loads((folder / "pruning_report.json").read_text()), **broken}
-        (folder / "pruning_report.json").write_text(json.dumps(data))
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(PruningError, match="malformed|card|[Nn]ot a pruning report"):
-            write_card(folder)
-        data["calibration"] = {}
-        with pytest.raises(PruningError, match="malformed|card|[Nn]ot a pruning report"):
-            write_card(folder, PruningReport.from_dict(data))
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-
-    def test_a_card_that_fails_costs_no_model(self, tmp_path, report, caplog):
-        report.evaluation = [{"metric": "x"}]
-        hf_prune.save_pretrained(tiny_model("bert"), tmp_path / "m", report=report)
-        assert not (tmp_path / "m" / "README.md").exists() and (tmp_path / "m" / "model.safetensors").exists()
-
-    def test_a_report_of_a_newer_schema_is_left_alone(self, folder):
-        data = json.loads((folder / "pruning_report.json").read_text())
-        (folder / "pruning_report.json").write_text(json.dumps({**data, "schema_version": 2}))
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(PruningError, match="of schema 2, written by a newer hf_prune"):
-            write_card(folder, PruningReport.load(folder))
-        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
-
-    def test_fields_of_others_stay(self, folder):
-        data = json.loads((folder / "pruning_report.json").read_text())
-        (folder / "pruning_report.json").write_text(json.dumps({**data, "carbon": 3.0}))
-        write_card(folder, PruningReport.load(folder))
-        assert json.loads((folder / "pruning_report.json").read_text())["carbon"] == 3.0
-
-    def test_older_reports(self, folder, report):
-        new = ("papers", "command", "recovery", "evaluation", "benchmark", "metadata", "verified")
-        data = {key: value for key, value in report.to_dict().items() if key not in new}
-        (folder / "pruning_report.json").write_text(json.dumps(data))
-        write_card(folder)
-        assert "were not run" in (folder / "README.md").read_text()
-
-    def test_command_line(self, folder, tmp_path, capsys):
-        report = measured(PruningReport.load(folder))
-        (tmp_path / "bench.json").write_text(json.dumps(report.benchmark))
-        (tmp_path / "quality.json").write_text(json.dumps(report.evaluation))
-        options = ["--bench", str(tmp_path / "bench.json"), "--evaluation", str(tmp_path / "quality.json"), "--json"]
-        assert cli.main(["card", str(folder), *options]) == 0
-        assert json.loads(capsys.readouterr().out) == {"card": str(folder / "README.md")}
-        assert "0.8773" in (folder / "README.md").read_text() and "peak memory" in (folder / "README.md").read_text()
-        report.benchmark[1]["scores"] = {"accuracy": 0.5}
-        (tmp_path / "bench.json").write_text(json.dumps(report.benchmark))
-        assert cli.main(["card", str(folder), *options]) == 1
-        assert (
-            "both rows must have the same scores, they are of 'a' [] and 'b' ['accuracy']" in capsys.readouterr().err
-        )
-        (tmp_path / "bench.json").write_text("{}")
-        assert cli.main(["card", str(folder), *options]) == 1
-        assert "must hold a list of rows" in capsys.readouterr().err
-        assert cli.main(["card", str(tmp_path)]) == 1
-        assert "holds no pruning_report" in capsys.readouterr().err
 
 
 def test_intervals():

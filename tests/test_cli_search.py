@@ -5,7 +5,7 @@ import math
 
 import pytest
 import transformers
-from test_cli import TEXTS, dense, save_tiny  # noqa: F401  # fixtures
+from folders import TEXTS, save_tiny
 from transformers import AutoModelForSequenceClassification
 
 import hf_prune
@@ -19,14 +19,14 @@ def valid(tmp_path_factory):
 
 
 @pytest.fixture
-def search(run, dense, valid, tmp_path):  # noqa: F811
+def search(run, dense, valid, tmp_path):
     def call(*options, output=tmp_path / "front"):
         return run("search", dense, "--dataset", valid, "--output", output, "--samples", 5, *options)
 
     return call
 
 
-def test_writes_every_point_of_the_front(search, dense, tmp_path):  # noqa: F811
+def test_writes_every_point_of_the_front(search, dense, tmp_path):
     code, out, err = search("--plot", tmp_path / "new" / "front.png", "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -88,13 +88,13 @@ def test_failures(search, tmp_path, options, message):
     assert not (tmp_path / "front").exists()
 
 
-def test_text_without_labels(run, dense, tmp_path):  # noqa: F811
+def test_text_without_labels(run, dense, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     code, _, err = run("search", dense, "--dataset", tmp_path / "texts.txt", "--output", tmp_path / "front")
     assert code == 1 and "labels" in err
 
 
-def test_over_the_model_itself(search, dense):  # noqa: F811
+def test_over_the_model_itself(search, dense):
     code, _, err = search(output=dense)
     assert code == 2 and "is the model that is searched" in err
 

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 import transformers as T
+from pruned import equal, shrunk
 from safetensors.torch import load_file, save_file
-from test_layout import shrunk
 from tiny import FAMILIES, tiny_batch, tiny_model
 
 from hf_prune import (
@@ -22,11 +22,6 @@ from hf_prune import (
     save_pretrained,
 )
 from hf_prune.compression import compressed, expanded
-
-
-def equal(mine, theirs):
-    mine, theirs = mine.state_dict(), theirs.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in mine.items())
 
 
 def saved(name, folder, sparsity=0.5, dtype=torch.float32, **options):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from test_cli import save_tiny
+from folders import save_tiny
 from tiny import tiny_batch, tiny_model
 from transformers.exporters import DynamoExporter, ExportedModel
 

@@ -8,8 +8,8 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from test_layout import shrunk
-from test_saving import tokenizer
+from folders import tokenizer
+from pruned import shrunk
 from tiny import tiny_batch, tiny_model
 from transformers import AutoModelForCausalLM, EvalPrediction
 

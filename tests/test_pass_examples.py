@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import transformers as T
-from test_saving import tokenizer
+from folders import tokenizer
 from tiny import tiny_model
 
 import hf_prune

@@ -13,7 +13,7 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 from loopback_hub import OTHER_TOKEN, READ_TOKEN, TOKEN, LoopbackHub
-from test_layout import shrunk
+from pruned import shrunk
 from tiny import tiny_model
 
 import hf_prune

@@ -168,6 +168,11 @@ def parameters_as_time(model: Any, inputs: Any, places: Any) -> tuple[float, dic
     return sum(times.values()) + sum(p.numel() for p in model.parameters() if id(p) not in inside), times
 
 
+def auto(name: str) -> Any:
+    """The auto class of a family."""
+    return FAMILIES[name][1]
+
+
 DECODERS = [name for name, (_, auto) in FAMILIES.items() if auto is _CAUSAL]
 SEQ2SEQ = [
     name for name, (_, auto) in FAMILIES.items() if auto in (T.AutoModelForSeq2SeqLM, T.AutoModelForSpeechSeq2Seq)

@@ -1,0 +1,82 @@
+"""Tiny models pruned unevenly, a report with figures of every kind, and how models are compared."""
+
+import copy
+from dataclasses import asdict
+
+import torch
+from tiny import tiny_model
+
+from hf_prune import PruningMask, prunable_units, shrink
+from hf_prune.benchmark import Measurement
+from hf_prune.timing import Latency
+
+# What shrinks and loads differently: separate, fused, interleaved and shared projections, one and two stacks
+SOME = ["bert", "distilbert", "deberta-v2", "gpt2", "gpt_neox", "llama", "phi3", "t5", "bart", "whisper", "vit"]
+
+
+def logits(model, batch):
+    """The first tensor that a model computes, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        return next(value for value in model(**batch).values() if isinstance(value, torch.Tensor))
+
+
+def uneven(model, drop=True):
+    """A mask that keeps other numbers of heads and neurons in each layer, and drops the second layer of each stack."""
+    units, generator, keep = prunable_units(model), torch.Generator().manual_seed(0), {}
+    for group in units.of_kind("heads", "neurons"):
+        if group.prunable:
+            count = max(group.size * (2 + group.layer) // 5, 1)
+            keep[group.name] = torch.zeros(group.size, dtype=torch.bool)
+            keep[group.name][torch.randperm(group.size, generator=generator)[:count]] = True
+    for stack in units.stacks if drop else ():
+        keep[stack] = torch.arange(units[stack].size) != 1
+    return PruningMask(keep, units)
+
+
+def shrunk(name, auto=None, drop=True, **options):
+    """A tiny model of a family, pruned so unevenly that no stock config holds it."""
+    model = tiny_model(name, auto, **options)
+    return shrink(model, uneven(model, drop))
+
+
+def shapes(model):
+    """The shape of each parameter by its name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def rebuilt(config, cls, device="meta"):
+    """A model of a class made from a config alone, without memory for its weights."""
+    with torch.device(device):
+        return cls(copy.deepcopy(config))
+
+
+def equal(mine, theirs):
+    """Two models have the same weights."""
+    mine, theirs = mine.state_dict(), theirs.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def measured(report):
+    """The report, with a benchmark and an evaluation."""
+    runs = [
+        [Latency(p50, 1.5 * p50, batch, 27, "cpu", 1, "float32") for batch, p50 in ((1, 10 * s), (8, 60 * s))]
+        for s in (1, 0.5)
+    ]
+    rows = [
+        Measurement("a", 1000, 2e6, 4_000_000, 8_000_000, runs[0], onnx_latency=runs[0][1:]),
+        Measurement("b", 700, 1e6, 3_000_000, 6_000_000, runs[1], onnx_latency=runs[1][1:]),
+    ]
+    report.benchmark = [asdict(row) for row in rows]
+    report.evaluation = [
+        {
+            "metric": "accuracy",
+            "before": 0.8773,
+            "after": 0.867,
+            "n": 872,
+            "dataset": "nyu-mll/glue",
+            "config": "sst2",
+        },
+        {"metric": "loss", "before": 0.31, "after": 0.33},
+    ]
+    return report
