@@ -8,8 +8,8 @@ from pathlib import Path
 
 import searches
 import test_supernet
-import test_trainers
 import torch
+import trained
 import transformers
 from test_slicing import no_dropout
 from tiny import parameters_as_time, tiny_batch, tiny_model
@@ -72,17 +72,17 @@ def one_shot(out: Path) -> None:
 def gates(out: Path) -> None:
     for name, accumulate in (("bert", 1), ("bert", 2), ("llama", 2), ("bart", 2)):
         options = {"eval_strategy": "steps", "eval_steps": 4} if accumulate == 1 else {}
-        trainer = test_trainers.make_trainer(
+        trainer = trained.make_trainer(
             name,
             out / "run",
-            tiny_model(name, **test_trainers.NO_DROPOUT),
+            tiny_model(name, **trained.NO_DROPOUT),
             gradient_accumulation_steps=accumulate,
             concentrate=accumulate > 1,
             reopen=accumulate > 1,
             **options,
             **TRAINING,
         )
-        values = test_trainers.gate_values(trainer)
+        values = trained.gate_values(trainer)
         if name == "bert":
             trainer.evaluate()
         trainer.train()
@@ -97,14 +97,14 @@ def gates(out: Path) -> None:
 def callback(out: Path) -> None:
     """Gates in a plain `Trainer`, which adds up the means of the batches."""
     options = {**TRAINING, "gradient_accumulation_steps": 2, "max_grad_norm": 0.0, "learning_rate": 1e-6}
-    args = test_trainers.arguments("bert", out / "run", transformers.TrainingArguments, **options)
+    args = trained.arguments("bert", out / "run", transformers.TrainingArguments, **options)
     trainer = transformers.Trainer(
-        tiny_model("bert", **test_trainers.NO_DROPOUT),
+        tiny_model("bert", **trained.NO_DROPOUT),
         args,
-        train_dataset=test_trainers.examples("bert"),
+        train_dataset=trained.examples("bert"),
         callbacks=[hf_prune.PassCallback(num_heads=3, lambda_base=0.1)],
     )
-    values = test_trainers.gate_values(trainer)
+    values = trained.gate_values(trainer)
     trainer.train()
     mask = hf_prune.current_mask(trainer.model)
     torch.save((values, mask.to_dict(), trainer.model.state_dict(), []), out / f"gates-callback-2-{WHO}")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers as T
-from test_trainers import NO_DROPOUT, arguments, examples, gate_values
 from tiny import SEQ2SEQ, tiny_batch, tiny_model
 from torch.testing import assert_close
+from trained import NO_DROPOUT, arguments, examples, gate_values
 
 import hf_prune
 from hf_prune.errors import ConfigError, MaskError

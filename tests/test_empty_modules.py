@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from pruned import logits
 from tiny import DECODERS, FAMILIES, tiny_batch, tiny_model
 from torch.testing import assert_close
 
@@ -17,11 +18,6 @@ from hf_prune.emptied import Emptied
 
 OWN = [name for name in FAMILIES if not name.startswith("t5")]  # with a forward pass of ours
 EMPTY = (0, 1)
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def emptied(name, kinds=("heads", "neurons"), **overrides):

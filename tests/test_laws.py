@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pruned import logits
 from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -78,11 +79,6 @@ def three_ways(batch):
         length = row["input_ids"].shape if "input_ids" in row else None
         cut.append({k: v[:, :real] if v.shape == length else v for k, v in row.items()})
     return [batch], rows, cut
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.mark.parametrize(("method", "name"), matrix(METHODS, FAMILIES))

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from pruned import logits
 from tiny import tiny_batch, tiny_model
 
 import hf_prune
@@ -21,11 +22,6 @@ def config(method, **options):
 
 def batches(name, count=2, size=12):
     return [tiny_batch(name, size=size, padded=True, seed=seed, labels=True) for seed in range(count)]
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 def dropped(mask, stack="encoder.layer"):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from pruned import logits
 from tiny import FAMILIES, tiny_batch, tiny_model
 from torch.testing import assert_close
 
@@ -11,11 +12,6 @@ import hf_prune
 from hf_prune import CalibrationError, ConfigError
 from hf_prune.methods.magnitude import output_energy
 from hf_prune.units import output_matrix, site
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -5,6 +5,7 @@ from itertools import product
 
 import pytest
 import torch
+from pruned import logits
 from tiny import DECODERS, FAMILIES, SEQ2SEQ, tiny_batch, tiny_model
 from torch.testing import assert_close
 from transformers import BertConfig, BertForSequenceClassification
@@ -22,11 +23,6 @@ def draws(space, count, seed=0):
 
 def corners(space):
     return [space.smallest, space.middle, space.largest]
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.mark.parametrize("name", FAMILIES)

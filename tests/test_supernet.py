@@ -6,10 +6,10 @@ import pytest
 import torch
 import transformers as T
 from test_slicing import no_dropout
-from test_trainers import NO_DROPOUT, arguments, examples
 from tiny import SEQ2SEQ, tiny_model
 from torch.nn import functional as F
 from torch.testing import assert_close
+from trained import NO_DROPOUT, arguments, examples
 
 import hf_prune
 from hf_prune import ConfigError

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as T
+from pruned import logits
 from tiny import FAMILIES, tiny_batch, tiny_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -13,11 +14,6 @@ import hf_prune
 from hf_prune import MaskError, PruningMask
 from hf_prune.selection import Selector
 from hf_prune.surgery import cut
-
-
-def logits(model, batch):
-    with torch.no_grad():
-        return model(**batch).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
