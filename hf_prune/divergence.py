@@ -7,6 +7,7 @@ in knowledge distillation; numbers (regression, the hidden states of a model wit
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -101,7 +102,7 @@ def divergence(student: Predictions, teacher: Predictions, temperature: float = 
     return temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(1)
 
 
-def curvature(student: Predictions, temperature: float, seeds: Sequence[int]) -> list[torch.Tensor]:
+def curvature(student: Predictions, temperature: float, seeds: Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Directions v(z) whose squared gradients add up to the curvature of [`divergence`] where both models agree.
 
     With H = J₁ᵀ·J₁ + J₂ᵀ·J₂ + … the Gauss-Newton matrix of one prediction, the k-th entry has a row of J_k for its
@@ -112,7 +113,7 @@ def curvature(student: Predictions, temperature: float, seeds: Sequence[int]) ->
     Args:
         student ([`Predictions`]): The predictions, part of an autograd graph.
         temperature (`float`): γ.
-        seeds (sequence of `int`): For the random directions of each example.
+        seeds (sequence of sequences of `int`): For the random directions of each example, as `numpy` takes them.
 
     Returns:
         `list[torch.Tensor]`: Each of shape (rows,).
@@ -120,9 +121,8 @@ def curvature(student: Predictions, temperature: float, seeds: Sequence[int]) ->
     logits = student.logits
     rows, classes = logits.shape
     width = classes if student.numbers else 2
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    noise = [torch.rand(n, width, generator=g) for n, g in zip(student.counts, generators, strict=True)]
-    uniform = torch.cat(noise).to(logits.device)
+    noise = [np.random.default_rng(seed).random((n, width)) for n, seed in zip(student.counts, seeds, strict=True)]
+    uniform = torch.from_numpy(np.concatenate(noise)).to(logits.device, torch.float32)
     signs = torch.where(uniform < 0.5, -1.0, 1.0).to(logits)
     if student.numbers:
         return [(2 / classes) ** 0.5 * (logits * signs).sum(1)]

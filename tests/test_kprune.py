@@ -1,6 +1,7 @@
 """K-prune against a plain transcript of its algorithm, its oracles, and every kind of head."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hf_prune import CalibrationError, Calibrator, ConfigError, KPruneConfig, Pr
 from hf_prune.divergence import Predictions, curvature, divergence
 from hf_prune.gates import observe
 from hf_prune.least_squares import NormalEquations, ridge_solve
+from hf_prune.methods.kprune import _Student
 from hf_prune.selection import Selector
 from hf_prune.units import base_model, kept_columns, output_matrix, site
 
@@ -140,7 +142,7 @@ def test_curvature_is_the_hessian_of_the_divergence(classes, gamma):
     hessian = torch.autograd.functional.hessian(
         lambda z: divergence(Predictions(z, [1]), teacher, gamma).sum(), logits.detach()
     ).reshape(classes, classes)
-    directions = curvature(Predictions(logits, [1]), gamma, [0])
+    directions = curvature(Predictions(logits, [1]), gamma, [(0,)])
     rows = torch.stack([torch.autograd.grad(v.sum(), logits, retain_graph=True)[0][0] for v in directions])
     assert torch.allclose(rows.T @ rows, hessian, atol=1e-10)
 
@@ -152,9 +154,26 @@ def test_random_curvature_has_the_hessian_for_its_mean(numbers):
     hessian = torch.autograd.functional.hessian(
         lambda z: divergence(Predictions(z, [1], numbers), teacher, 2.0).sum(), logits.detach()[:1]
     ).reshape(4, 4)
-    (direction,) = curvature(Predictions(logits, [40000], numbers), 2.0, [0])
+    (direction,) = curvature(Predictions(logits, [40000], numbers), 2.0, [(0,)])
     (rows,) = torch.autograd.grad(direction.sum(), logits)
     assert torch.allclose(rows.T @ rows / len(rows), hessian, atol=0.02 * float(hessian.diagonal().max()))
+
+
+def test_start_and_end_of_a_span_share_a_direction():
+    logits = torch.tensor([[0.3, -0.5, 1.0, 0.1]], dtype=torch.float64).expand(20000, 4).clone().requires_grad_()
+    one = Predictions(logits.detach()[:1].clone(), [1])
+    hessian = torch.autograd.functional.hessian(
+        lambda z: divergence(Predictions(z, [1]), one, 2.0).sum(), logits.detach()[:1]
+    ).reshape(4, 4)
+    student = object.__new__(_Student)
+    student.config, student.calibrator = KPruneConfig(budget={"macs": 0.5}), SimpleNamespace(examples=[range(20000)])
+    student._student = lambda index, batch: [Predictions(logits, [1] * 20000)] * 2
+    (direction,) = student._curvature(0, {})  # with seed=0
+    (rows,) = torch.autograd.grad(direction, logits)
+    assert torch.allclose(rows.T @ rows / len(rows), 2 * hessian, atol=0.04 * float(hessian.diagonal().max()))
+    student.config.seed = 1
+    (other,) = torch.autograd.grad(student._curvature(0, {})[0], logits)
+    assert not torch.equal(other, rows)
 
 
 @pytest.mark.parametrize(
