@@ -1,17 +1,8 @@
 """One file per one-shot method: its config, its mathematics, its pruner. Importing this package registers them all."""
 
 from .auto import AutoPruner, AutoPruningConfig
-from .base import (
-    BasePruner,
-    MethodConfig,
-    Paper,
-    Pruner,
-    PruningConfig,
-    RecoverableConfig,
-    get_pruner,
-    known_pruners,
-    register_pruner,
-)
+from .base import BasePruner, Paper, Pruner, get_pruner, known_pruners, register_pruner
+from .config import MethodConfig, PruningConfig, RecoverableConfig
 from .fisher import FisherConfig, FisherPruner
 from .flap import FLAPConfig, FLAPPruner
 from .kcm import KCMConfig, KCMPruner

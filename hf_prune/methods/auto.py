@@ -15,7 +15,8 @@ from ..errors import ConfigError, PruningError, check_whole
 from ..gates import apply_mask, current_mask, remove_mask
 from ..masks import PruningMask
 from ..units import PrunableUnits, site
-from .base import Pruner, PruningConfig, Recover, RecoverableConfig, get_pruner, register_pruner
+from .base import Pruner, get_pruner, register_pruner
+from .config import PruningConfig, Recover, RecoverableConfig
 
 SHARED = tuple(field.name for field in fields(PruningConfig) if field.name != "drop_layers")
 

@@ -15,7 +15,8 @@ from ..errors import CalibrationError, ConfigError
 from ..gradients import collect_gradients
 from ..masks import PruningMask
 from ..units import PrunableUnits, site
-from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
+from .base import Paper, Pruner, register_pruner
+from .config import Recover, RecoverableConfig
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ from ..errors import CalibrationError
 from ..masks import PruningMask
 from ..statistics import Moments
 from ..units import PrunableUnits, output_matrix, site
-from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
+from .base import Paper, Pruner, register_pruner
+from .config import Recover, RecoverableConfig
 
 
 @dataclass(kw_only=True)

@@ -16,7 +16,8 @@ from ..errors import CalibrationError, check_whole
 from ..masks import PruningMask
 from ..statistics import Moments
 from ..units import PrunableUnits, output_matrix, site
-from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
+from .base import Paper, Pruner, register_pruner
+from .config import Recover, RecoverableConfig
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,8 @@ from ..masks import PruningMask
 from ..reconstruction import Solution, walks
 from ..surgery import check_shrinkable, cut_layer
 from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, site
-from .base import Paper, Pruner, Recover, RecoverableConfig, register_pruner
+from .base import Paper, Pruner, register_pruner
+from .config import Recover, RecoverableConfig
 
 
 @dataclass(kw_only=True)

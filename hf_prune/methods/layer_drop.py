@@ -14,7 +14,8 @@ from ..depth import block_influence, drop_to_budget
 from ..errors import ConfigError
 from ..masks import PruningMask
 from ..units import PrunableUnits
-from .base import Paper, Pruner, PruningConfig, register_pruner
+from .base import Paper, Pruner, register_pruner
+from .config import PruningConfig
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from ..calibration import Calibrator
 from ..masks import PruningMask
 from ..units import PrunableUnits, output_matrix, site
-from .base import Pruner, RecoverableConfig, register_pruner
+from .base import Pruner, register_pruner
+from .config import RecoverableConfig
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,8 @@ from ..calibration import Calibrator
 from ..errors import check_whole
 from ..masks import PruningMask
 from ..units import PrunableUnits
-from .base import Pruner, PruningConfig, register_pruner
+from .base import Pruner, register_pruner
+from .config import PruningConfig
 
 
 @dataclass(kw_only=True)

@@ -26,7 +26,8 @@ from ..run_files import run_folder
 from ..timing import DEFAULT_LENGTH
 from ..units import PrunableUnits
 from ..weight_masks import WeightMask
-from .base import BasePruner, MethodConfig
+from .base import BasePruner
+from .config import MethodConfig
 from .owl import layer_sparsities, outlier_share
 
 logger = logging.get_logger(__name__)
