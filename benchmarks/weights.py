@@ -3,8 +3,8 @@
     python benchmarks/weights.py --model MODEL --train wiki.train.tokens.gz --valid wiki.valid.tokens.gz \\
         --methods wanda:0.5 wanda:2:4 sparsegpt:0.5 wanda:0.6:owl --results weights.json
 
-A method is NAME:SPARSITY or NAME:N:M, with `:owl` behind it for OWL's ratios, `:paper` for SparseGPT's threshold, and
-any option that is a number, such as `ria:0.5:alpha=1`.
+A method is NAME:SPARSITY or NAME:N:M, with `:owl` behind it for OWL's ratios, `:paper` for SparseGPT's threshold,
+`:per_output` for RIA within each output, and any option that is a number, such as `ria:0.5:alpha=1`.
 Calibration: 16 windows of 512 tokens, the first of the characters 200,000 to 500,000 of the training text.
 Perplexity: 4 windows of 1,024 tokens, the first of the first 60,000 characters of the validation text. With
 `--recover N`, LoRA (r = 8, all pruned projections) then trains N steps on one window each, behind the calibration
@@ -41,12 +41,19 @@ def parts(method: str) -> tuple[str, list[str], list[str]]:
     return name, much, options[len(much) :]
 
 
+_FLAGS: dict[str, dict[str, object]] = {
+    "owl": {"ratios": "owl"},
+    "paper": {"threshold": "paper"},
+    "per_output": {"per_output": True},
+}
+
+
 def config(method: str) -> hf_prune.MethodConfig:
     name, much, options = parts(method)
     values: dict[str, object] = {"pattern": ":".join(much)} if len(much) == 2 else {"sparsity": float(much[0])}
     for option in options:
         key, _, number = option.partition("=")
-        values |= {"owl": {"ratios": "owl"}, "paper": {"threshold": "paper"}}.get(key) or {key: float(number)}
+        values |= _FLAGS.get(key) or {key: float(number)}
     return hf_prune.MethodConfig.from_dict({"method": name, **values})
 
 

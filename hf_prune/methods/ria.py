@@ -2,7 +2,8 @@
 for Large Language Models", ICLR 2024.
 
 As Wanda, but a weight counts relative to those of the same input and of the same output, so that no whole channel is
-pruned. A score that is relative to its row can be compared beyond it: as in the authors' code, over the whole matrix.
+pruned. A score that is relative to its row can be compared beyond it: as the authors' code does by default, over the
+whole matrix.
 """
 
 from dataclasses import dataclass
@@ -19,16 +20,20 @@ class RIAConfig(WeightPruningConfig):
 
     Args:
         alpha (`float`, *optional*, defaults to 0.5): Power of the norm of the inputs, the paper's a.
+        per_output (`bool`, *optional*, defaults to `False`): Compare the weights of each output by themselves, as
+            Wanda does, instead of all in a matrix. Under a pattern they always are.
 
     Raises:
         ConfigError: An option is out of range.
     """
 
     alpha: float = 0.5
+    per_output: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_positive("alpha")
+        self.check_choice("per_output", (True, False))
 
 
 def ria_score(weight: torch.Tensor, squares: torch.Tensor, alpha: float = 0.5) -> torch.Tensor:
@@ -63,6 +68,6 @@ class RIAPruner(WeightPruner[RIAConfig]):
 
     def solve(self, weight: torch.Tensor, observed: torch.Tensor, target: Target) -> tuple[torch.Tensor, torch.Tensor]:
         score = ria_score(weight, observed, self.config.alpha)
-        if isinstance(target, tuple):
+        if isinstance(target, tuple) or self.config.per_output:
             return keep_highest(score, target), weight
         return keep_highest(score.reshape(1, -1), target).reshape(score.shape), weight
