@@ -442,7 +442,7 @@ def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> t
     Raises:
         CalibrationError: There are more or fewer tokens than `real` has.
     """
-    rows = inputs.reshape(-1, inputs.shape[-1])
+    rows = inputs.flatten(0, -2)
     if real is None or (real.numel() == len(rows) and real.all()):
         return rows
     if real.numel() != len(rows):

@@ -15,10 +15,11 @@ SOME = ["bert", "distilbert", "deberta-v2", "gpt2", "gpt_neox", "llama", "phi3",
 
 
 def logits(model, batch):
-    """The first tensor that a model computes, in eval mode."""
+    """The logits of a model in eval mode, or the first tensor that it computes."""
     model.eval()
     with torch.no_grad():
-        return next(value for value in model(**batch).values() if isinstance(value, torch.Tensor))
+        outputs = model(**batch)
+    return outputs["logits"] if "logits" in outputs else next(iter(outputs.values()))
 
 
 def uneven(model, drop=True):

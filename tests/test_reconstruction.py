@@ -134,6 +134,22 @@ def test_the_target_is_the_teacher_with_its_residual_stream():
     assert reached.item() == pytest.approx(best.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("recover", ["lstsq", "bias", "scale"])
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+@pytest.mark.parametrize("name", ["bert", "deberta-v2", "gpt2", "whisper"])
+def test_the_bias_stands_for_a_block_that_lost_all_its_units(name, kind, recover):
+    model, data = tiny_model(name), [tiny_batch(name, size=40)]
+    units = hf_prune.prunable_units(model)
+    group = next(g for g in units.of_kind(kind) if g.layer == 0)
+    site, seen = model.base_model.get_submodule(group.name), {}
+    with torch.no_grad(), observe(model.base_model, {}, {group.name: lambda x: seen.update(output=x)}):
+        model(**data[0])
+    expected = seen["output"].flatten(0, -2).mean(0) if recover != "scale" else site.bias.detach().clone()
+    mask = hf_prune.PruningMask({group.name: torch.zeros(group.size, dtype=torch.bool)}, units)
+    reconstruct(model, units, mask, Calibrator(model, data), recover=recover)
+    assert torch.allclose(site.bias, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "llama", "vit", "gpt_neox", "gpt_neox/serial"])
 def test_the_last_block_of_a_layer_makes_up_for_all_that_was_pruned_before_it(name):
     """Also where attention and feed-forward read the same stream, and are added to it together."""

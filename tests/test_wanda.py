@@ -77,7 +77,7 @@ def test_ria_is_the_released_formula():
     assert ria_score(weight, squares).isfinite().all()
 
 
-def test_ria_compares_over_the_matrix():
+def test_ria_compares_over_the_matrix_or_within_each_output():
     """The authors' `thresh = sort(metric.flatten())[k]`, with exactly k pruned."""
     model, batch = tiny_model("llama"), tiny_batch("llama", size=8)
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -91,6 +91,12 @@ def test_ria_compares_over_the_matrix():
     pruned = int(0.6 * weight.numel())
     assert torch.equal(mask[name], score > score.flatten().sort().values[pruned - 1])
     assert (~mask[name]).sum(1).unique().numel() > 1  # rows differ
+
+    with torch.no_grad():
+        model.get_parameter(name).copy_(weight)
+    mask = hf_prune.prune(model, RIAConfig(sparsity=0.6, per_output=True), [batch]).mask
+    least = score.sort(1).values[:, int(0.6 * weight.shape[1]) - 1, None]
+    assert torch.equal(mask[name], score > least)
 
 
 class TestOWL:

@@ -193,7 +193,8 @@ class PassCallback(TrainerCallback, ExportableState):  # type: ignore[misc]  # t
         if self.adds_means is None:
             self.first_handle.remove()
             inputs, self.first = (*self.first, {})[0], []
-            self.adds_means = inputs.get("num_items_in_batch") is not None and not divides_by_items(model, inputs)
+            counted = inputs.get("num_items_in_batch") is not None and "labels" in inputs  # smoothing takes them out
+            self.adds_means = counted and not divides_by_items(model, inputs)
         if self.adds_means:  # the penalty has its weight beside the mean of these batches
             self.gradient /= (self.part + 1) * (args.world_size if args.average_tokens_across_devices else 1)
         phi = self.gates.phi.requires_grad_()
