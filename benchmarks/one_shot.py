@@ -3,13 +3,14 @@
     python benchmarks/one_shot.py --task sst2 --model MODEL --train train.tsv.gz --dev dev.tsv --methods kprune fisher
     python benchmarks/one_shot.py --table benchmarks/results/one_shot.md
 
-MODEL was fine-tuned on the task, for instance by `fine_tune.py`; `METHOD:RECOVER` sets how a method ends. Each seed
-draws `--samples` training examples for the methods with labels and for those whose papers take thousands, and
-`--few` for K-prune (20,000 tokens at the mean length of the dev set, as in its paper). Cost is the CPU time of the
-pruning on one thread, as a multiple of that of a plain forward pass over the same examples in batches of 32 in the
-order drawn, padded per batch. KL (for regression the squared error) is the mean divergence from the dense model's
-predictions on the dev set; the latency ratio is that of the shrunk model of the first seed at batch 8. MACs are
-counted at the mean length of the dev set.
+MODEL was fine-tuned on the task, for instance by `fine_tune.py`; `METHOD:lstsq` (`scale`, `bias`, `none`) sets how a
+method ends, and any other name behind it is an option that is switched on, as in `fisher:per_sample`. Each seed draws
+`--samples` training examples for the methods with labels and for those whose papers take thousands, and `--few` for
+K-prune (20,000 tokens at the mean length of the dev set, as in its paper). Cost is the CPU time of the pruning on one
+thread, as a multiple of that of a plain forward pass over the same examples in batches of 32 in the order drawn,
+padded per batch. KL (for regression the squared error) is the mean divergence from the dense model's predictions on
+the dev set; the latency ratio is that of the shrunk model of the first seed at batch 8. MACs are counted at the mean
+length of the dev set.
 
 Each result is a line of `--results`; what is there is not run again.
 """
@@ -20,7 +21,7 @@ import json
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pandas
 import torch
@@ -30,6 +31,7 @@ from tasks import TASKS, batches, gap, inputs, run, up_to
 import hf_prune
 from hf_prune.benchmark import measure_latency
 from hf_prune.methods import get_pruner
+from hf_prune.reconstruction import Recovery
 
 DEFAULT = ["random", "magnitude", "magnitude:lstsq", "kcm", "flap", "flap:lstsq", "fisher", "kprune", "layer_drop"]
 KEYS = ("task", "method", "macs", "samples", "seed")
@@ -40,7 +42,7 @@ def main() -> None:
     parser.add_argument("--task", choices=TASKS, default="sst2")
     for name in ("model", "train", "dev"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--methods", nargs="+", default=DEFAULT, metavar="METHOD[:RECOVER]")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT, metavar="METHOD[:OPTION]")
     parser.add_argument("--macs", type=float, nargs="+", default=[0.75, 0.6, 0.5, 0.4, 0.25])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a method without chance takes one")
     parser.add_argument("--samples", type=int, default=2048)
@@ -82,10 +84,13 @@ def measure(args: argparse.Namespace) -> None:
         row = {**label, "longest": args.longest, "score": task.score(outputs, dev)}
         note({**row, "method": "dense", "macs": 1.0, "samples": 0, "seed": 0})
     for method, macs in ((method, macs) for method in args.methods for macs in args.macs):
-        name, _, recover = method.partition(":")
+        name, *chosen = method.split(":")
         options = {"method": name, "budget": {"macs": macs}, "sequence_length": length}
+        options |= dict(
+            ("recover", option) if option in (*get_args(Recovery), "none") else (option, True) for option in chosen
+        )
         for seed in args.seeds:
-            config = hf_prune.PruningConfig.from_dict({**options, **({"recover": recover} if recover else {})})
+            config = hf_prune.PruningConfig.from_dict(options)
             if name == "random":
                 config.seed = seed
             pruner = get_pruner(name)(config)
