@@ -137,8 +137,7 @@ def load_metrics() -> Any:
 
 def _named(metric: str) -> ComputeMetrics:
     metrics = load_metrics()
-    found = {"accuracy": "Accuracy", "f1": "F1", "matthews": "Matthews", "spearman": "Spearman"}[metric]
-    compute: ComputeMetrics = metrics.compute_metrics_for(getattr(metrics, found)())
+    compute: ComputeMetrics = metrics.compute_metrics_for(getattr(metrics, metric.capitalize())())
     return compute
 
 

@@ -42,6 +42,18 @@ def test_what_is_left_computes_what_the_masked_model_does(name, kinds):
 
 
 @pytest.mark.parametrize("name", OWN)
+def test_half_precision(name):
+    masked, small = emptied(name)
+    batch = {k: v.bfloat16() if v.is_floating_point() else v for k, v in tiny_batch(name, padded=True).items()}
+    expected, found = (logits(model.bfloat16(), batch) for model in (masked, small))
+    assert found.dtype == torch.bfloat16
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = (logits(model.float(), tiny_batch(name)) for model in (small, masked))
+    assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_copies_and_checkpoints(name, tmp_path):
     masked, small = emptied(name)
     batch = tiny_batch(name)
