@@ -8,9 +8,9 @@ method ends, and any other name behind it is an option that is switched on, as i
 `--samples` training examples for the methods with labels and for those whose papers take thousands, and `--few` for
 K-prune (20,000 tokens at the mean length of the dev set, as in its paper). Cost is the CPU time of the pruning on one
 thread, as a multiple of that of a plain forward pass over the same examples in batches of 32 in the order drawn,
-padded per batch. KL (for regression the squared error) is the mean divergence from the dense model's predictions on
-the dev set; the latency ratio is that of the shrunk model of the first seed at batch 8. MACs are counted at the mean
-length of the dev set.
+padded per batch: the mean of one just before and one just after. KL (for regression the squared error) is the mean
+divergence from the dense model's predictions on the dev set; the latency ratio is that of the shrunk model of the
+first seed at batch 8. MACs are counted at the mean length of the dev set.
 
 Each result is a line of `--results`; what is there is not run again.
 """
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> None:
     train, dev = (up_to(args.longest, task.read(path, tokenizer)) for path in (args.train, args.dev))
     length = statistics.mean(len(example["input_ids"]) for example in dev)
     outputs = run(dense, dev, tokenizer)
-    known, plain = {tuple(row[key] for key in KEYS) for row in read(args.results)}, dict[tuple[int, int], float]()
+    known = {tuple(row[key] for key in KEYS) for row in read(args.results)}
     args.results.parent.mkdir(exist_ok=True)
 
     def note(row: dict[str, Any]) -> None:
@@ -99,12 +99,7 @@ def measure(args: argparse.Namespace) -> None:
             if tuple(row[key] for key in KEYS) in known:
                 continue
             sample = [train[i] for i in pandas.Series(range(len(train))).sample(count, random_state=seed)]
-            if count and (count, seed) not in plain:
-                started = time.process_time()
-                with torch.no_grad():
-                    for batch in batches(sample, tokenizer):
-                        dense(**batch)
-                plain[count, seed] = time.process_time() - started
+            plain = seconds(dense, sample, tokenizer)
             model, started = copy.deepcopy(dense), time.process_time()
             try:
                 hf_prune.prune(model, config, inputs(sample) if count else None, processing_class=tokenizer)
@@ -112,7 +107,8 @@ def measure(args: argparse.Namespace) -> None:
                 note({**row, "score": None})
                 break
             if count:
-                row["passes"] = (time.process_time() - started) / plain[count, seed]
+                taken = time.process_time() - started
+                row["passes"] = 2 * taken / (plain + seconds(dense, sample, tokenizer))
             hf_prune.shrink(model)
             found = run(model, dev, tokenizer)
             row |= {"score": task.score(found, dev), "kl": gap(found, outputs, dev)}
@@ -122,6 +118,15 @@ def measure(args: argparse.Namespace) -> None:
             note(row)
             if name != "random" and not count:
                 break
+
+
+def seconds(model: transformers.PreTrainedModel, sample: list[dict[str, Any]], tokenizer: Any) -> float:
+    """CPU seconds of a plain forward pass over examples in the order drawn."""
+    started = time.process_time()
+    with torch.no_grad():
+        for batch in batches(sample, tokenizer):
+            model(**batch)
+    return time.process_time() - started
 
 
 def table(rows: list[dict[str, Any]]) -> str:

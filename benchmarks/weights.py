@@ -4,13 +4,15 @@
         --methods wanda:0.5 wanda:2:4 sparsegpt:0.5 wanda:0.6:owl --results weights.json
 
 A method is NAME:SPARSITY or NAME:N:M, with `:owl` behind it for OWL's ratios, `:paper` for SparseGPT's threshold,
-`:per_output` for RIA within each output, and any option that is a number, such as `ria:0.5:alpha=1`.
-Calibration: 16 windows of 512 tokens, the first of the characters 200,000 to 500,000 of the training text.
-Perplexity: 4 windows of 1,024 tokens, the first of the first 60,000 characters of the validation text. With
-`--recover N`, LoRA (r = 8, all pruned projections) then trains N steps on one window each, behind the calibration
-windows, and merges; every zero is checked. Each result is added to the file at once, and what it holds is not run
-again. `--time` sets CPU seconds of the pruning against plain passes: the calibration windows through embeddings and
-blocks, without the head, timed just before and just after. `--table` only prints what the file holds.
+`:per_output` for RIA within each output, and any option that is a number, such as `ria:0.5:alpha=1`. Calibration: 16
+windows of 512 tokens, the first of the characters 200,000 to 500,000 of the training text. Perplexity: 4 windows of
+1,024 tokens, the first of the first 60,000 characters of the validation text. With `--recover N`, LoRA (r = 8, all
+pruned projections) then trains N steps on one window each, behind the calibration windows, and merges; every zero is
+checked. Each result is added to the file at once, and what it holds is not run again. `--copies N` only tells how
+exact the figures are: N copies of the model are pruned, the first as it is, the others with each weight off by a
+relative 1e-6 at random; the table has their mean and standard deviation. `--time` sets CPU seconds of the pruning
+against plain passes: the calibration windows through embeddings and blocks, without the head, timed just before and
+just after. `--table` only prints what the file holds.
 """
 
 import argparse
@@ -19,8 +21,10 @@ import gzip
 import json
 import pathlib
 import resource
+import statistics
 import tempfile
 import time
+from typing import Any
 
 import torch
 import transformers
@@ -57,19 +61,31 @@ def config(method: str) -> hf_prune.MethodConfig:
     return hf_prune.MethodConfig.from_dict({"method": name, **values})
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
+def table(results: dict[str, dict[str, Any]]) -> str:
     """Methods as rows, how much was pruned as columns: perplexity, and behind an arrow that after recovery."""
     cells: dict[str, dict[str, str]] = {}
     for method, found in results.items():
         name, much, options = parts(method)
         recovered = f" → {found['recovered']:.2f}" if "recovered" in found else ""
         row = cells.setdefault(" + ".join([name, *options]), {})
-        row[":".join(much)] = f"{found['perplexity']:.2f}{recovered}"
+        if len(copies := found.get("copies", [])) > 1:
+            row[":".join(much)] = f"{statistics.mean(copies):.2f} ± {statistics.stdev(copies):.2f}"
+        else:
+            row[":".join(much)] = f"{found['perplexity']:.2f}{recovered}"
     amounts = sorted({amount for row in cells.values() for amount in row if amount})
     lines = [["", *amounts], ["---"] * (len(amounts) + 1)]
     lines += [[name, *(row.get(amount, "") for amount in amounts)] for name, row in cells.items() if name != "dense"]
     dense = f"Dense: {results['dense']['perplexity']:.2f}.\n\n" if "dense" in results else ""
     return dense + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def shaken(model: transformers.PreTrainedModel, seed: int) -> transformers.PreTrainedModel:
+    """A copy whose weights are off by a relative 1e-6 at random; seed 0 leaves them."""
+    model, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in model.parameters() if seed else ():
+            weight *= 1 + 1e-6 * torch.randn(weight.shape, generator=generator)
+    return model
 
 
 def recover(
@@ -101,6 +117,7 @@ def main() -> None:
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("weights.json"))
     parser.add_argument("--recover", type=int, default=0, metavar="STEPS")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--copies", type=int, default=0)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--dtype", default="float32")
@@ -132,7 +149,7 @@ def main() -> None:
                 dense.base_model(batch, use_cache=False)
         return time.process_time() - started
 
-    def note(method: str, **found: float) -> None:
+    def note(method: str, **found: Any) -> None:
         results.setdefault(method, {}).update(found)
         args.results.write_text(json.dumps(results, indent=1) + "\n")
         print(method, found, flush=True)
@@ -141,6 +158,12 @@ def main() -> None:
         note("dense", perplexity=quality(dense))
     for method in args.methods:
         known = results.get(method, {})
+        if args.copies:
+            for seed in range(len(known.get("copies", [])), args.copies):
+                model = shaken(dense, seed)
+                hf_prune.prune(model, config(method), data, batch_size=args.batch_size)
+                note(method, copies=[*results.get(method, {}).get("copies", []), quality(model)])
+            continue
         wanted = {"perplexity", *(["passes"] if args.time else []), *(["recovered"] if args.recover else [])}
         if wanted <= set(known):
             continue

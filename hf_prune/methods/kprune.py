@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import AttentionSpec
 from ..batches import Batch
-from ..calibration import Calibrator, select_real
+from ..calibration import Calibrator, real_rows
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
 from ..gates import LayerCalls, current_mask, detach_gate, record_calls, resume_at, without_mask
@@ -126,11 +126,14 @@ class KPrunePruner(Pruner[KPruneConfig]):
                                     )
                     finally:
                         walk.layers[index] = layer
+                    if walk.last and index + 1 == len(walk.layers):
+                        break  # nothing reads what the last layer returns
                     if dropped is not None and not dropped[walk.stack][index]:
                         walk.leave(None)
                     else:
                         walk.leave(small if any(not decided[g.name].all() for g in groups) else layer)
-                student.reaches(walk.stack, len(walk.layers), walk.student)
+                else:
+                    student.reaches(walk.stack, len(walk.layers), walk.student)
             mask = PruningMask(decided, units)
             check_shrinkable(units, mask)
             for name, solution in solutions.items():
@@ -166,10 +169,10 @@ class _Student:
         for batch, inputs, gradients in passes:
             for group in groups:
                 x = inputs[group.name]
-                real = select_real(x, self.calibrator.real_tokens(batch, group.stack), group.name)
+                real = real_rows(x, self.calibrator.real_tokens(batch, group.stack), group.name)
                 by_example = torch.cat([mask_gradients(x, g[group.name], batch) for g in gradients])
                 rows = by_example if self.config.kpred == "fisher" else by_example.sum(0, keepdim=True)
-                knowledge[group.name].update(real, rows, len(by_example) // len(gradients))
+                knowledge[group.name].update(x, real, rows, len(by_example) // len(gradients))
         self.calibrator.reduce(knowledge)
         return {g.name: self._of_units(g, knowledge[g.name]) for g in groups}
 
@@ -237,12 +240,13 @@ class _Knowledge:
         self.prediction, self.energy = torch.zeros(2, columns, dtype=torch.float64, device=device).unbind()
         self.examples, self.tokens = torch.zeros(2, dtype=torch.float64, device=device).unbind()
 
-    def update(self, inputs: torch.Tensor, gradients: torch.Tensor, examples: int) -> None:
-        """Take the inputs of some real tokens, (tokens, columns), and gradients by a mask of ones, (n, columns)."""
+    def update(self, inputs: torch.Tensor, real: torch.Tensor | None, gradients: torch.Tensor, examples: int) -> None:
+        """Take inputs, (..., columns), of which some rows are real, and gradients by a mask of ones, (n, columns)."""
         self.prediction += gradients.square().sum(0) / 2
-        self.energy += inputs.float().square().sum(0)
+        energies = inputs.flatten(0, -2).float().square()
+        self.energy += energies.sum(0) if real is None else real.float() @ energies  # rows[real] would copy them
         self.examples += examples
-        self.tokens += len(inputs)
+        self.tokens += len(energies) if real is None else real.sum()
 
     def sums(self) -> list[torch.Tensor]:
         return [self.prediction, self.energy, self.examples, self.tokens]
