@@ -353,6 +353,7 @@ class TestInterruptions:
             (tiny_model("llama"), WandaConfig(sparsity=0.6, checkpoint_dir=str(tmp_path)), [tiny_batch("llama")]),
             (tiny_model("llama"), config, [tiny_batch("llama", seed=1)]),
             (other, config, [tiny_batch("llama")]),
+            (tiny_model("llama", rms_norm_eps=1e-3), config, [tiny_batch("llama")]),
         ):
             with pytest.raises(ConfigError, match="checkpoint_dir .* holds blocks of a run"):
                 hf_prune.prune(model, own, data)

@@ -278,9 +278,12 @@ class WeightPruner(BasePruner[W]):
     ) -> WeightMask:
         config, checkpoints = self.config, None
         if config.checkpoint_dir is not None:
-            run = [config.to_dict(), calibrator and calibrator.fingerprint, type(model).__name__, str(model.dtype)]
+            architecture = model.config.to_dict()
+            for name in ("_name_or_path", "transformers_version"):  # don't change what it computes
+                architecture.pop(name, None)
+            run = [config.to_dict(), calibrator and calibrator.fingerprint, type(model).__name__, architecture]
             names, outside = [m.name for m in matrices], digest_outside(model, units)
-            checkpoints = Checkpoints(config.checkpoint_dir, json.dumps([*run, names, outside]))
+            checkpoints = Checkpoints(config.checkpoint_dir, json.dumps([*run, names, outside], default=str))
         announce: Announce | None = partial(self._log_memory, model, matrices)
         targets = {}
         if config.ratios == "owl":
