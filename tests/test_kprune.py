@@ -20,6 +20,52 @@ from hf_prune.units import base_model, kept_columns, output_matrix, site
 RESIDUAL = {"attention.output.dense": "", "output.dense": "intermediate", "attn.c_proj": "", "mlp.c_proj": "ln_2"}
 
 
+def scored(model, student, open_groups, batches, config):
+    """K_pred + λ·K_rep of the units of some groups of the student."""
+    prediction = {g.name: torch.zeros(g.size * g.width).double() for g in open_groups}
+    energy, tokens, samples = copy.deepcopy(prediction), 0, 0
+    for batch in batches:
+        masks = {g.name: torch.ones(g.size * g.width, requires_grad=True) for g in open_groups}
+        seen, handles = {}, []
+        for g in open_groups:
+
+            def multiply(module, args, name=g.name, masks=masks, seen=seen):
+                seen[name] = args[0].detach()
+                return (args[0] * masks[name],)
+
+            handles.append(site(student, g).register_forward_pre_hook(multiply))
+        own = student(**batch).logits
+        for handle in handles:
+            handle.remove()
+        real = batch["attention_mask"].bool()
+        if config.kpred == "fisher":
+            p = (own / config.gamma).softmax(1).detach()
+            for row in range(len(own)):  # Σ_y p_y·(∂ log p_y / ∂m)², example by example
+                log_p = (own[row] / config.gamma).log_softmax(0) * config.gamma
+                for y in range(own.shape[1]):
+                    gradients = torch.autograd.grad(log_p[y], list(masks.values()), retain_graph=True)
+                    for name, gradient in zip(masks, gradients, strict=True):
+                        prediction[name] += p[row, y] * gradient.double().square() / 2
+        else:
+            with torch.no_grad():
+                dense = model(**batch).logits
+            scaled = ((x / config.gamma).log_softmax(1) for x in (own, dense))
+            kl = torch.nn.functional.kl_div(*scaled, log_target=True, reduction="batchmean") * config.gamma**2
+            for name, gradient in zip(masks, torch.autograd.grad(kl, list(masks.values())), strict=True):
+                prediction[name] += gradient.double().square() / 2
+        for name, x in seen.items():
+            energy[name] += x[real].double().square().sum(0)
+        tokens, samples = tokens + int(real.sum()), samples + len(own)
+    scores = {}
+    for g in open_groups:
+        weights = output_matrix(site(student, g)).detach().double().square().mean(1)
+        knowledge = prediction[g.name] / samples + config.lam * weights * energy[g.name] / tokens
+        scores[g.name] = knowledge
+        if g.kind == "heads":
+            scores[g.name] = config.mu * knowledge.reshape(g.size, g.width).mean(1)
+    return scores
+
+
 def transcript(model, batches, config):
     """Algorithm 1 with a full forward and backward pass of the masked model for every sub-layer."""
     units = hf_prune.prunable_units(model)
@@ -30,48 +76,8 @@ def transcript(model, batches, config):
     student, decided = copy.deepcopy(model), {}
     base, teacher_base = base_model(student), base_model(model)
     for target in groups:
-        open_groups = groups[groups.index(target) :]
-        prediction = {g.name: torch.zeros(g.size * g.width).double() for g in open_groups}
-        energy, tokens, samples = copy.deepcopy(prediction), 0, 0
-        for batch in batches:
-            masks = {g.name: torch.ones(g.size * g.width, requires_grad=True) for g in open_groups}
-            seen, handles = {}, []
-            for g in open_groups:
-
-                def multiply(module, args, name=g.name, masks=masks, seen=seen):
-                    seen[name] = args[0].detach()
-                    return (args[0] * masks[name],)
-
-                handles.append(site(student, g).register_forward_pre_hook(multiply))
-            own = student(**batch).logits
-            for handle in handles:
-                handle.remove()
-            real = batch["attention_mask"].bool()
-            if config.kpred == "fisher":
-                p = (own / config.gamma).softmax(1).detach()
-                for row in range(len(own)):  # Σ_y p_y·(∂ log p_y / ∂m)², example by example
-                    log_p = (own[row] / config.gamma).log_softmax(0) * config.gamma
-                    for y in range(own.shape[1]):
-                        gradients = torch.autograd.grad(log_p[y], list(masks.values()), retain_graph=True)
-                        for name, gradient in zip(masks, gradients, strict=True):
-                            prediction[name] += p[row, y] * gradient.double().square() / 2
-            else:
-                with torch.no_grad():
-                    dense = model(**batch).logits
-                scaled = ((x / config.gamma).log_softmax(1) for x in (own, dense))
-                kl = torch.nn.functional.kl_div(*scaled, log_target=True, reduction="batchmean") * config.gamma**2
-                for name, gradient in zip(masks, torch.autograd.grad(kl, list(masks.values())), strict=True):
-                    prediction[name] += gradient.double().square() / 2
-            for name, x in seen.items():
-                energy[name] += x[real].double().square().sum(0)
-            tokens, samples = tokens + int(real.sum()), samples + len(own)
-        scores = {}
-        for g in open_groups:
-            weights = output_matrix(site(student, g)).detach().double().square().mean(1)
-            knowledge = prediction[g.name] / samples + config.lam * weights * energy[g.name] / tokens
-            scores[g.name] = knowledge
-            if g.kind == "heads":
-                scores[g.name] = config.mu * knowledge.reshape(g.size, g.width).mean(1)
+        if config.kpred == "paper" or target.kind == "heads":  # anew for each sub-layer, or for each layer
+            scores = scored(model, student, groups[groups.index(target) :], batches, config)
         keep = decided[target.name] = selector.select(scores, decided)[target.name]
         if keep.all():
             continue

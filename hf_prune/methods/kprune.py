@@ -1,9 +1,9 @@
 """K-prune: Park et al., "Accurate Retraining-free Pruning for Pretrained Encoder-based Language Models", ICLR 2024.
 
-Unlabelled data. Sub-layer by sub-layer, from the bottom up: score the units of this and of all higher sub-layers by
-the knowledge that they hold, of the prediction (K_pred) and of the representation (K_rep); prune this one by the
-threshold that meets the budget over all of them; refit its output projection to the dense model; go on with what is
-left of the budget. The part of the model below the sub-layer is not run again.
+Unlabelled data. Layer by layer, from the bottom up: score the units of this and of all higher layers by the knowledge
+that they hold, of the prediction (K_pred) and of the representation (K_rep). Then, sub-layer by sub-layer: prune by
+the threshold that meets the budget over all that are undecided; refit the output projection to the dense model; go on
+with what is left of the budget. The part of the model below the layer is not run again.
 """
 
 import copy
@@ -40,9 +40,10 @@ class KPruneConfig(RecoverableConfig):
             `kpred="paper"` to the authors' 2.5e-4: their K_pred is smaller by the square of the batch size.
         mu (`float`, *optional*, defaults to 64.0): μ, weight of heads against neurons.
         kpred (`"fisher"` or `"paper"`, *optional*, defaults to `"fisher"`): K_pred. `"fisher"` is the second-order
-            term of the divergence from the present predictions, example by example. `"paper"` is the squared gradient
-            of the divergence from the dense model, batch by batch: it depends on the batch size, and is zero while
-            nothing is pruned, so that K_rep alone decides on the first sub-layer.
+            term of the divergence from the present predictions, example by example; it is as good when it is found
+            once a layer. `"paper"` is the squared gradient of the divergence from the dense model, batch by batch,
+            found anew for each sub-layer, as in the paper: it depends on the batch size, and is zero while nothing is
+            pruned, so that K_rep alone decides on the first sub-layer.
         seed (`int`, *optional*, defaults to 0): Of the random directions which stand for the second-order term where
             there are more than three classes (a language model's vocabulary), or several predictions an example.
         recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
@@ -118,7 +119,8 @@ class KPrunePruner(Pruner[KPruneConfig]):
                             keep = selector.select(scores, decided)[group.name]
                             decided[group.name] = keep
                             if not keep.all():
-                                scores = {}  # of another student
+                                if self.config.kpred == "paper":
+                                    scores = {}  # of another student
                                 cut_layer(small, [group], PruningMask({group.name: keep}, units))
                                 if recover != "none":
                                     solutions[group.name] = walk.refit(
@@ -128,10 +130,13 @@ class KPrunePruner(Pruner[KPruneConfig]):
                         walk.layers[index] = layer
                     if walk.last and index + 1 == len(walk.layers):
                         break  # nothing reads what the last layer returns
+                    cut = any(not decided[g.name].all() for g in groups)
+                    if cut:
+                        scores = {}
                     if dropped is not None and not dropped[walk.stack][index]:
                         walk.leave(None)
                     else:
-                        walk.leave(small if any(not decided[g.name].all() for g in groups) else layer)
+                        walk.leave(small if cut else layer)
                 else:
                     student.reaches(walk.stack, len(walk.layers), walk.student)
             mask = PruningMask(decided, units)
