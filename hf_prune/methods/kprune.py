@@ -40,9 +40,9 @@ class KPruneConfig(RecoverableConfig):
             `kpred="paper"` to the authors' 2.5e-4: their K_pred is smaller by the square of the batch size.
         mu (`float`, *optional*, defaults to 64.0): μ, weight of heads against neurons.
         kpred (`"fisher"` or `"paper"`, *optional*, defaults to `"fisher"`): K_pred. `"fisher"` is the second-order
-            term of the divergence from the present predictions, example by example; it is as good when it is found
-            once a layer. `"paper"` is the squared gradient of the divergence from the dense model, batch by batch,
-            found anew for each sub-layer, as in the paper: it depends on the batch size, and is zero while nothing is
+            term of the divergence from the present predictions, example by example. It is found once a layer: between
+            two sub-layers it hardly changes. `"paper"` is the squared gradient of the divergence from the dense model,
+            batch by batch, found anew for each sub-layer: it depends on the batch size, and is zero while nothing is
             pruned, so that K_rep alone decides on the first sub-layer.
         seed (`int`, *optional*, defaults to 0): Of the random directions which stand for the second-order term where
             there are more than three classes (a language model's vocabulary), or several predictions an example.
