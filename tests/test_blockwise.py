@@ -362,6 +362,15 @@ class TestInterruptions:
         with pytest.raises(ConfigError, match="holds no pruned block"):
             hf_prune.prune(tiny_model("llama"), config, [tiny_batch("llama")])
 
+    def test_a_model_that_was_saved_continues_the_run(self, tmp_path):
+        config = WandaConfig(sparsity=0.5, checkpoint_dir=str(tmp_path / "run"))
+        model = tiny_model("llama")
+        model.save_pretrained(tmp_path / "dense")
+        hf_prune.prune(model, config, [tiny_batch("llama")])
+        loaded = type(model).from_pretrained(tmp_path / "dense")
+        hf_prune.prune(loaded, config, [tiny_batch("llama")])
+        assert same(weights(loaded), weights(model))
+
     @pytest.mark.parametrize(
         "part",
         ["embed_tokens", "norm", "layers.0.input_layernorm", "layers.1.mlp.down_proj", "layers.1.self_attn.q_proj"],

@@ -279,11 +279,12 @@ class WeightPruner(BasePruner[W]):
         config, checkpoints = self.config, None
         if config.checkpoint_dir is not None:
             architecture = model.config.to_dict()
-            for name in ("_name_or_path", "transformers_version"):  # don't change what it computes
+            for name in ("_name_or_path", "architectures", "dtype", "transformers_version"):  # set when it is saved
                 architecture.pop(name, None)
             run = [config.to_dict(), calibrator and calibrator.fingerprint, type(model).__name__, architecture]
             names, outside = [m.name for m in matrices], digest_outside(model, units)
-            checkpoints = Checkpoints(config.checkpoint_dir, json.dumps([*run, names, outside], default=str))
+            identity = json.dumps([*run, names, outside], sort_keys=True, default=str)
+            checkpoints = Checkpoints(config.checkpoint_dir, identity)
         announce: Announce | None = partial(self._log_memory, model, matrices)
         targets = {}
         if config.ratios == "owl":
