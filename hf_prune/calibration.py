@@ -442,17 +442,11 @@ def select_real(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> t
     Raises:
         CalibrationError: There are more or fewer tokens than `real` has.
     """
-    rows, real = inputs.flatten(0, -2), real_rows(inputs, real, name)
-    return rows if real is None else rows[real]
-
-
-def real_rows(inputs: torch.Tensor, real: torch.Tensor | None, name: str) -> torch.Tensor | None:
-    """Which rows [`select_real`] selects: bool of shape (batch * tokens,), `None` if all. Arguments as there."""
-    tokens = inputs.shape[:-1].numel()
-    if real is None or (real.numel() == tokens and real.all()):
-        return None
-    if real.numel() != tokens:
+    rows = inputs.flatten(0, -2)
+    if real is None or (real.numel() == len(rows) and real.all()):
+        return rows
+    if real.numel() != len(rows):
         raise CalibrationError(
-            f"{name} saw {tokens} tokens where the attention mask has {real.numel()}: padding can't be told apart."
+            f"{name} saw {len(rows)} tokens where the attention mask has {real.numel()}: padding can't be told apart."
         )
-    return real.flatten().to(inputs.device)
+    return rows[real.flatten().to(rows.device)]

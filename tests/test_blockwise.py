@@ -365,8 +365,8 @@ class TestInterruptions:
     def test_a_model_that_was_saved_continues_the_run(self, tmp_path):
         config = WandaConfig(sparsity=0.5, checkpoint_dir=str(tmp_path / "run"))
         model = tiny_model("llama")
-        model.save_pretrained(tmp_path / "dense")
         hf_prune.prune(model, config, [tiny_batch("llama")])
+        tiny_model("llama").save_pretrained(tmp_path / "dense")
         loaded = type(model).from_pretrained(tmp_path / "dense")
         hf_prune.prune(loaded, config, [tiny_batch("llama")])
         assert same(weights(loaded), weights(model))

@@ -67,7 +67,7 @@ def scored(model, student, open_groups, batches, config):
 
 
 def transcript(model, batches, config):
-    """Algorithm 1 with a full forward and backward pass of the masked model for every sub-layer."""
+    """Algorithm 1 with full forward and backward passes of the masked model."""
     units = hf_prune.prunable_units(model)
     calibrator = Calibrator(model, batches)
     n, _ = calibrator.lengths

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..architectures import AttentionSpec
 from ..batches import Batch
-from ..calibration import Calibrator, real_rows
+from ..calibration import Calibrator, select_real
 from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
 from ..gates import LayerCalls, current_mask, detach_gate, record_calls, resume_at, without_mask
@@ -40,8 +40,8 @@ class KPruneConfig(RecoverableConfig):
             `kpred="paper"` to the authors' 2.5e-4: their K_pred is smaller by the square of the batch size.
         mu (`float`, *optional*, defaults to 64.0): μ, weight of heads against neurons.
         kpred (`"fisher"` or `"paper"`, *optional*, defaults to `"fisher"`): K_pred. `"fisher"` is the second-order
-            term of the divergence from the present predictions, example by example. It is found once a layer: between
-            two sub-layers it hardly changes. `"paper"` is the squared gradient of the divergence from the dense model,
+            term of the divergence from the present predictions, example by example. It is found once a layer, which
+            saves a third of the time. `"paper"` is the squared gradient of the divergence from the dense model,
             batch by batch, found anew for each sub-layer: it depends on the batch size, and is zero while nothing is
             pruned, so that K_rep alone decides on the first sub-layer.
         seed (`int`, *optional*, defaults to 0): Of the random directions which stand for the second-order term where
@@ -120,7 +120,7 @@ class KPrunePruner(Pruner[KPruneConfig]):
                             decided[group.name] = keep
                             if not keep.all():
                                 if self.config.kpred == "paper":
-                                    scores = {}  # of another student
+                                    scores = {}
                                 cut_layer(small, [group], PruningMask({group.name: keep}, units))
                                 if recover != "none":
                                     solutions[group.name] = walk.refit(
@@ -128,17 +128,14 @@ class KPrunePruner(Pruner[KPruneConfig]):
                                     )
                     finally:
                         walk.layers[index] = layer
-                    if walk.last and index + 1 == len(walk.layers):
-                        break  # nothing reads what the last layer returns
                     cut = any(not decided[g.name].all() for g in groups)
                     if cut:
-                        scores = {}
+                        scores = {}  # of another student
                     if dropped is not None and not dropped[walk.stack][index]:
                         walk.leave(None)
                     else:
                         walk.leave(small if cut else layer)
-                else:
-                    student.reaches(walk.stack, len(walk.layers), walk.student)
+                student.reaches(walk.stack, len(walk.layers), walk.student)
             mask = PruningMask(decided, units)
             check_shrinkable(units, mask)
             for name, solution in solutions.items():
@@ -174,10 +171,10 @@ class _Student:
         for batch, inputs, gradients in passes:
             for group in groups:
                 x = inputs[group.name]
-                real = real_rows(x, self.calibrator.real_tokens(batch, group.stack), group.name)
+                real = select_real(x, self.calibrator.real_tokens(batch, group.stack), group.name)
                 by_example = torch.cat([mask_gradients(x, g[group.name], batch) for g in gradients])
                 rows = by_example if self.config.kpred == "fisher" else by_example.sum(0, keepdim=True)
-                knowledge[group.name].update(x, real, rows, len(by_example) // len(gradients))
+                knowledge[group.name].update(real, rows, len(by_example) // len(gradients))
         self.calibrator.reduce(knowledge)
         return {g.name: self._of_units(g, knowledge[g.name]) for g in groups}
 
@@ -245,13 +242,12 @@ class _Knowledge:
         self.prediction, self.energy = torch.zeros(2, columns, dtype=torch.float64, device=device).unbind()
         self.examples, self.tokens = torch.zeros(2, dtype=torch.float64, device=device).unbind()
 
-    def update(self, inputs: torch.Tensor, real: torch.Tensor | None, gradients: torch.Tensor, examples: int) -> None:
-        """Take inputs, (..., columns), of which some rows are real, and gradients by a mask of ones, (n, columns)."""
+    def update(self, inputs: torch.Tensor, gradients: torch.Tensor, examples: int) -> None:
+        """Take the inputs of some real tokens, (tokens, columns), and gradients by a mask of ones, (n, columns)."""
         self.prediction += gradients.square().sum(0) / 2
-        energies = inputs.flatten(0, -2).float().square()
-        self.energy += energies.sum(0) if real is None else real.float() @ energies  # rows[real] would copy them
+        self.energy += inputs.float().square().sum(0)
         self.examples += examples
-        self.tokens += len(energies) if real is None else real.sum()
+        self.tokens += len(inputs)
 
     def sums(self) -> list[torch.Tensor]:
         return [self.prediction, self.energy, self.examples, self.tokens]
