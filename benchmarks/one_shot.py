@@ -31,7 +31,7 @@ from tasks import TASKS, batches, gap, inputs, run, up_to
 import hf_prune
 from hf_prune.benchmark import measure_latency
 from hf_prune.methods import get_pruner
-from hf_prune.reconstruction import Recovery
+from hf_prune.layer_walk import Recovery
 
 DEFAULT = ["random", "magnitude", "magnitude:lstsq", "kcm", "flap", "flap:lstsq", "fisher", "kprune", "layer_drop"]
 KEYS = ("task", "method", "macs", "samples", "seed")

@@ -162,6 +162,7 @@ def test_what_never_varies_is_an_error_and_changes_nothing():
         hf_prune.prune(model, FLAPConfig(budget={"macs": 0.8}), [tiny_batch("bert")])
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     with pytest.raises(
-        hf_prune.ConfigError, match="recover must be one of 'lstsq', 'scale', 'bias', 'none', got 'mean'"
+        hf_prune.ConfigError,
+        match="recover must be one of 'lstsq', 'lstsq_outputs', 'scale', 'bias', 'none', got 'mean'",
     ):
         FLAPConfig(budget={"macs": 0.8}, recover="mean")

@@ -121,7 +121,7 @@ def test_equals_the_plain_transcript(name, labels, kpred):
     auto = T.AutoModelForSequenceClassification
     model = tiny_model(name, auto, num_labels=labels)
     batches = [tiny_batch(name, size=8, padded=True, seed=seed) for seed in range(4)]
-    config = KPruneConfig(budget={"macs": 0.6}, lam=0.01, mu=8.0, kpred=kpred)
+    config = KPruneConfig(budget={"macs": 0.6}, lam=0.01, mu=8.0, kpred=kpred, recover="lstsq_outputs")
     mask, student = transcript(model, batches, config)
     assert hf_prune.prune(model, config, batches).mask == mask
     with torch.no_grad():

@@ -8,9 +8,11 @@ from tiny import FAMILIES, tiny_batch, tiny_model
 
 import hf_prune
 from hf_prune import Calibrator
+from hf_prune.calibration import select_real
 from hf_prune.gates import observe, record_calls, resume_at
+from hf_prune.layer_walk import _readers, walks
 from hf_prune.least_squares import NormalEquations, ridge_solve, scale_solve
-from hf_prune.reconstruction import reconstruct, walks
+from hf_prune.reconstruction import reconstruct
 
 
 def equations(features, targets):
@@ -245,3 +247,36 @@ def test_float64_products_are_those_of_the_features():
     assert torch.allclose(*outputs, atol=1e-2) and not torch.equal(*outputs)
     with pytest.raises(hf_prune.ConfigError, match="precision"):
         hf_prune.KCMConfig(budget={"macs": 0.7}, precision="float16")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_block_reads_with_is_fitted_to_what_it_computes_in_the_dense_model(name):
+    """No other weights would bring them closer, given what they read now."""
+    model, data = tiny_model(name), [tiny_batch(name, size=60, padded=True)]
+    calibrator = Calibrator(model, data)
+    base, dense = model.base_model, copy.deepcopy(model).base_model
+    units, mask = without_the_second(model)
+    reconstruct(model, units, mask, calibrator, ridge=1e-9)
+    hf_prune.apply_mask(model, mask)
+    checked = 0
+    for group in units.of_kind("heads", "neurons"):
+        if not group.prunable:
+            continue
+        prefix, layer = f"{group.stack}.{group.layer}.", base.get_submodule(group.stack)[group.layer]
+        for projections, encoder in _readers(layer, group):
+            real = calibrator.real_tokens(data[0], next(iter(units.stacks)) if encoder else group.stack)
+            for site in (prefix + path for path in projections):
+                seen = {}
+                with torch.no_grad():
+                    with observe(dense, {}, {site: lambda y, seen=seen: seen.update(dense=y)}):
+                        dense(**data[0])
+                    inputs = {site: lambda x, seen=seen: seen.update(x=x)}
+                    with observe(base, inputs, {site: lambda y, seen=seen: seen.update(y=y)}):
+                        base(**data[0])
+                x, y, target = (select_real(seen[key], real, site).double() for key in ("x", "y", "dense"))
+                if base.get_submodule(site).bias is not None:
+                    x = torch.cat([x, torch.ones(len(x), 1)], 1)
+                best = (x @ torch.linalg.lstsq(x, target).solution - target).square().sum()
+                assert (y - target).square().sum() <= best * 1.01 + 1e-6 * target.square().sum(), site
+                checked += 1
+    assert checked >= 4

@@ -13,8 +13,8 @@ ROOT = Path(hf_prune.__file__).parent
 LEVELS = """
 errors redaction architectures emptied offload run_files processes statistics least_squares tables
 units masks weight_masks
-gates surgery slicing layout compression costs batches divergence matrices timing layer_timing latency
-calibration gradients selection reconstruction depth block_walk blockwise
+gates surgery slicing refits layout compression costs batches divergence matrices timing layer_timing latency
+calibration gradients selection layer_walk reconstruction depth block_walk blockwise
 methods report benchmark export plots
 pruning metrics evaluation comparison sparse_kernels
 hub modeling verification

@@ -259,7 +259,12 @@ def recovery(report: PruningReport) -> str:
     parts = []
     way = report.facts.get("recover") or report.config.get("recover")
     if way and way != "none":
-        named = {"lstsq": "least squares", "scale": "one factor for each unit", "bias": "the biases alone"}
+        named = {
+            "lstsq": "least squares",
+            "lstsq_outputs": "least squares, output projections alone",
+            "scale": "one factor for each unit",
+            "bias": "the biases alone",
+        }
         parts.append(f"what is kept was refitted to the dense model ({text(named.get(way, way))})")
     if "steps" in report.facts:
         taught = report.config.get("distillation_weight")

@@ -31,8 +31,8 @@ class AutoPruningConfig(RecoverableConfig):
             can't meet the budget is reported and passed over. Fisher needs labelled data.
         held_out (`int`, *optional*, defaults to 5): Each how-manyth example is held out to compare the candidates; the
             others are their calibration data.
-        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How every candidate
-            that can ends, see [`RecoverableConfig`].
+        recover (`"lstsq"`, `"lstsq_outputs"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How
+            every candidate that can ends, see [`RecoverableConfig`].
 
     Raises:
         ConfigError: An option is out of range, or a candidate is unknown, has wrong options, or zeroes single weights.

@@ -239,7 +239,8 @@ class Pruner(BasePruner[C]):
             units ([`PrunableUnits`]): Its units.
 
         Returns:
-            `str`: `"lstsq"`, `"scale"`, `"bias"` or `"none"`. If it is not what the config says, `facts` says why.
+            `str`: `"lstsq"`, `"lstsq_outputs"`, `"scale"`, `"bias"` or `"none"`. If it is not what the config says,
+                `facts` says why.
         """
         recover = self.config.recover if isinstance(self.config, RecoverableConfig) else "none"
         sites = (site(model, group) for group in units.of_kind(*self.kinds) if group.prunable)
@@ -258,7 +259,7 @@ class Pruner(BasePruner[C]):
             `bool`: What to pass to [`Calibrator.collect`] as `record`, where the method makes a pass over the data of
             its own.
         """
-        return self.recovery(model, units) in ("lstsq", "scale") and current_mask(model) is None
+        return self.recovery(model, units) in ("lstsq", "lstsq_outputs", "scale") and current_mask(model) is None
 
     def cost_table(self, model: PreTrainedModel, units: PrunableUnits, calibrator: Calibrator | None) -> CostTable:
         """Costs at the lengths of the config, or else of the calibration data.

@@ -5,7 +5,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 from ..errors import ConfigError, check_positive, check_whole, unknown
-from ..reconstruction import Recovery
+from ..layer_walk import Recovery
 from ..selection import Allocation, check_budget
 
 Recover = Recovery | Literal["none"]
@@ -140,10 +140,11 @@ class RecoverableConfig(PruningConfig):
     """Options of methods that can end with a refit of the kept weights. See [`PruningConfig`] for the others.
 
     Args:
-        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"none"`): How the kept output
-            weights are refitted to the dense model on the calibration data: exact least squares, one factor per unit,
-            the bias alone, which takes over the mean of what is pruned, or not at all. Where the model has projections
-            without a bias (Llama), least squares takes the place of `"bias"`. See [`~hf_prune.reconstruct`].
+        recover (`"lstsq"`, `"lstsq_outputs"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"none"`): How
+            what is kept is refitted to the dense model on the calibration data: exact least squares for all
+            projections of the pruned blocks, or for their output projections alone, one factor per unit, the bias
+            alone, which takes over the mean of what is pruned, or not at all. Where the model has projections without
+            a bias (Llama), least squares takes the place of `"bias"`. See [`~hf_prune.reconstruct`].
         ridge (`float`, *optional*, defaults to 1e-4): How firmly least squares holds on to the old weights, as a share
             of the mean square of the inputs.
         precision (`"float32"` or `"float64"`, *optional*, defaults to `"float32"`): Of the products of one batch in

@@ -28,8 +28,8 @@ class FisherConfig(RecoverableConfig):
             writes, rather than those of batches, as its code does. The latter depend on the batch size.
         rearrange (`bool`, *optional*, defaults to `True`): Swap units within each layer to lower the block-diagonal
             Fisher objective (Section 4.2 of the paper).
-        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
-            weights are refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's mask tuning.
+        recover (`"lstsq"`, `"lstsq_outputs"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How
+            what is kept is refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's tuning.
 
     Raises:
         ConfigError: An option is out of range.

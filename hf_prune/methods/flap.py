@@ -24,8 +24,8 @@ class FLAPConfig(RecoverableConfig):
     """Options of FLAP. See [`PruningConfig`] for the others.
 
     Args:
-        recover (`"bias"`, `"lstsq"`, `"scale"` or `"none"`, *optional*, defaults to `"bias"`): How the loss of the
-            pruned units is made good, see [`RecoverableConfig`]; `"bias"` is the paper's compensation.
+        recover (`"bias"`, `"lstsq"`, `"lstsq_outputs"`, `"scale"` or `"none"`, *optional*, defaults to `"bias"`): How
+            the loss of the pruned units is made good, see [`RecoverableConfig`]; `"bias"` is the paper's compensation.
     """
 
     recover: Recover = "bias"

@@ -38,8 +38,8 @@ class KCMConfig(RecoverableConfig):
             equally far apart.
         alpha (`float`, *optional*, defaults to 0.01): `"iterated"` stops when the relative L1 change falls to this.
         max_iterations (`int`, *optional*, defaults to 20): Cap on the updates.
-        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
-            weights are refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's choice.
+        recover (`"lstsq"`, `"lstsq_outputs"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How
+            what is kept is refitted to the dense model, see [`RecoverableConfig`]; `"scale"` is the paper's choice.
 
     Raises:
         ConfigError: An option is out of range.

@@ -2,8 +2,8 @@
 
 Unlabelled data. Layer by layer, from the bottom up: score the units of this and of all higher layers by the knowledge
 that they hold, of the prediction (K_pred) and of the representation (K_rep). Then, sub-layer by sub-layer: prune by
-the threshold that meets the budget over all that are undecided; refit the output projection to the dense model; go on
-with what is left of the budget. The part of the model below the layer is not run again.
+the threshold that meets the budget over all that are undecided; refit what is kept to the dense model; go on with what
+is left of the budget. The part of the model below the layer is not run again.
 """
 
 import copy
@@ -22,10 +22,11 @@ from ..divergence import Predictions, curvature, divergence, predictions
 from ..errors import ConfigError
 from ..gates import LayerCalls, current_mask, detach_gate, record_calls, resume_at, without_mask
 from ..gradients import differentiate, mask_gradients
+from ..layer_walk import walks
 from ..masks import PruningMask
-from ..reconstruction import Solution, walks
+from ..refits import Refit
 from ..surgery import check_shrinkable, cut_layer
-from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, site
+from ..units import PrunableUnits, UnitGroup, base_model, head_counts, output_matrix, projection, site
 from .base import Paper, Pruner, register_pruner
 from .config import Recover, RecoverableConfig
 
@@ -46,8 +47,9 @@ class KPruneConfig(RecoverableConfig):
             pruned, so that K_rep alone decides on the first sub-layer.
         seed (`int`, *optional*, defaults to 0): Of the random directions which stand for the second-order term where
             there are more than three classes (a language model's vocabulary), or several predictions an example.
-        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How the kept output
-            weights are refitted to the dense model after each sub-layer, see [`RecoverableConfig`].
+        recover (`"lstsq"`, `"lstsq_outputs"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"lstsq"`): How
+            what is kept is refitted to the dense model after each sub-layer, see [`RecoverableConfig`];
+            `"lstsq_outputs"` is the paper's weight tuning.
 
     Raises:
         ConfigError: An option is out of range, or `lam` is 0 with `kpred="paper"`.
@@ -101,10 +103,10 @@ class KPrunePruner(Pruner[KPruneConfig]):
             with without_mask(model):  # all layers are the teacher's
                 student.calls = calibrator.collect({}, "record layers", record=True)
         decided: dict[str, torch.Tensor] = {}
-        solutions: dict[str, Solution] = {}
+        refits: dict[str, Refit] = {}
         with calibrator.evaluating():
             scores = student.scores([units[name] for name in names])
-            for walk in walks(calibrator, units, student.calls):
+            for walk in walks(calibrator, units, student.calls, recover, self.config.ridge, dtype):
                 for index, layer in enumerate(walk.layers):
                     groups = [g for g in units.of_layer(walk.stack, index) if g.name in names]
                     small = copy.deepcopy(layer) if groups else layer
@@ -123,9 +125,7 @@ class KPrunePruner(Pruner[KPruneConfig]):
                                     scores = {}
                                 cut_layer(small, [group], PruningMask({group.name: keep}, units))
                                 if recover != "none":
-                                    solutions[group.name] = walk.refit(
-                                        small, group, keep, recover, self.config.ridge, dtype
-                                    )
+                                    refits |= walk.refit(small, group, keep)
                     finally:
                         walk.layers[index] = layer
                     cut = any(not decided[g.name].all() for g in groups)
@@ -138,8 +138,8 @@ class KPrunePruner(Pruner[KPruneConfig]):
                 student.reaches(walk.stack, len(walk.layers), walk.student)
             mask = PruningMask(decided, units)
             check_shrinkable(units, mask)
-            for name, solution in solutions.items():
-                solution.write(site(model, units[name]))
+            for name, refit in refits.items():
+                refit.write(projection(student.base, name))
         return mask
 
 

@@ -17,8 +17,8 @@ class MagnitudeConfig(RecoverableConfig):
     """Structured magnitude pruning. See [`PruningConfig`] for the other options.
 
     Args:
-        recover (`"lstsq"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"none"`): How the kept output
-            weights are refitted to the dense model, see [`RecoverableConfig`]; all but `"none"` needs calibration
+        recover (`"lstsq"`, `"lstsq_outputs"`, `"scale"`, `"bias"` or `"none"`, *optional*, defaults to `"none"`): How
+            what is kept is refitted to the dense model, see [`RecoverableConfig`]; all but `"none"` needs calibration
             data.
     """
 
