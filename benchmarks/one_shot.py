@@ -30,8 +30,8 @@ from tasks import TASKS, batches, gap, inputs, run, up_to
 
 import hf_prune
 from hf_prune.benchmark import measure_latency
-from hf_prune.methods import get_pruner
 from hf_prune.layer_walk import Recovery
+from hf_prune.methods import get_pruner
 
 DEFAULT = ["random", "magnitude", "magnitude:lstsq", "kcm", "flap", "flap:lstsq", "fisher", "kprune", "layer_drop"]
 KEYS = ("task", "method", "macs", "samples", "seed")
