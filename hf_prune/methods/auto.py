@@ -14,7 +14,7 @@ from ..divergence import divergence, predictions
 from ..errors import ConfigError, PruningError, check_whole
 from ..gates import apply_mask, current_mask, remove_mask
 from ..masks import PruningMask
-from ..units import PrunableUnits, site
+from ..units import PrunableUnits, base_model
 from .base import Pruner, get_pruner, register_pruner
 from .config import PruningConfig, Recover, RecoverableConfig
 
@@ -168,7 +168,7 @@ class _Sums:
 
 def _refitted(model: PreTrainedModel, units: PrunableUnits) -> list[torch.Tensor]:
     """The parameters that a refit may change."""
-    return [p for group in units.of_kind("heads", "neurons") for p in site(model, group).parameters()]
+    return [p for stack in units.stacks for p in base_model(model).get_submodule(stack).parameters()]
 
 
 @torch.no_grad()
