@@ -288,7 +288,7 @@ def _inside(group: UnitGroup) -> str:
 
 
 def _readers(layer: nn.Module, group: UnitGroup) -> list[tuple[list[str], bool]]:
-    """The projections of a layer that a block begins with: those that read the same, and if it is the encoder's end."""
+    """The projections of a layer that a block begins with: what reads the same, and if that is the encoder's end."""
     block = group.block
     if isinstance(block, FeedForwardSpec):
         return [(present_inputs(layer, block), False)]
