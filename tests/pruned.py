@@ -52,10 +52,19 @@ def rebuilt(config, cls, device="meta"):
         return cls(copy.deepcopy(config))
 
 
+def weights(model):
+    """A copy of what a model holds, by name."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one, other):
+    """Two state dicts have the same names and bits."""
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def equal(mine, theirs):
     """Two models have the same weights."""
-    mine, theirs = mine.state_dict(), theirs.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in mine)
+    return same(mine.state_dict(), theirs.state_dict())
 
 
 def measured(report):
