@@ -211,7 +211,7 @@ def tiny_batch(
         batch = {"input_ids": ids(length), "attention_mask": torch.ones(size, length, dtype=torch.long)}
         if padded:
             for row in range(1, size):
-                real = length - 2 * (row % 4)
+                real = max(length - 2 * (row % 4), 1)
                 batch["attention_mask"][row, real:] = 0
                 batch["input_ids"][row, real:] = 1 if family == "roberta" else 0
         if name in SEQ2SEQ:
