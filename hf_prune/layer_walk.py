@@ -85,8 +85,8 @@ class Walk:
         layers = base_model(calibrator.model).get_submodule(stack)
         assert isinstance(layers, nn.ModuleList)
         self.calibrator, self.stack, self.layers, self.index = calibrator, stack, layers, -1
-        self.stacks = list(calibrator.units.stacks)
-        self.last = stack == self.stacks[-1]
+        self._stacks = list(calibrator.units.stacks)
+        self.last = stack == self._stacks[-1]
         self._recover, self._ridge, self._dtype = recover, ridge, dtype
         self._teacher_calls, self._student_calls = teacher, student
         self.teacher = [call.hidden for call in teacher]
@@ -174,7 +174,7 @@ class Walk:
         """Refit the projections that a block begins with, unless the tokens are too few for it."""
         refits: dict[str, Refit] = {}
         for names, encoder in _readers(small, group):
-            equations = self._read_by_both(small, names[0], self.stacks[0] if encoder else self.stack)
+            equations = self._read_by_both(small, names[0], self._stacks[0] if encoder else self.stack)
             if equations.count < len(equations.gram):
                 continue
             maps: dict[bool, InputRefit] = {}
