@@ -113,7 +113,7 @@ def measure(args: argparse.Namespace) -> None:
             found = run(model, dev, tokenizer)
             row |= {"score": task.score(found, dev), "kl": gap(found, outputs, dev)}
             if seed == args.seeds[0]:
-                latency = measure_latency({"dense": dense, "pruned": model}, 8, round(length), repeats=9)
+                latency = measure_latency({"dense": dense, "pruned": model}, 8, round(length), repeats=99)
                 row["latency"] = latency["pruned"].p50_ms / latency["dense"].p50_ms
             note(row)
             if name != "random" and not count:

@@ -24,7 +24,7 @@ def walks(
     units: PrunableUnits,
     calls: list[dict[str, LayerCalls]],
     recover: Recovery | Literal["none"] = "lstsq",
-    ridge: float = 1e-4,
+    ridge: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Iterator["Walk"]:
     """One [`Walk`] for each stack of the calibrator's model; each has to be walked to its end before the next.

@@ -46,7 +46,7 @@ class NormalEquations:
 
 
 def ridge_solve(
-    equations: NormalEquations, weight: torch.Tensor, bias: torch.Tensor | None, ridge: float = 1e-4
+    equations: NormalEquations, weight: torch.Tensor, bias: torch.Tensor | None, ridge: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Least squares with a ridge towards the old weight; the bias, where there is one, is refitted without a ridge.
 
@@ -54,9 +54,10 @@ def ridge_solve(
         equations ([`NormalEquations`]): The sums.
         weight (`torch.Tensor`): The old weight, (inputs, outputs).
         bias (`torch.Tensor`, *optional*): The old bias, (outputs,).
-        ridge (`float`, *optional*, defaults to 1e-4): Strength, as a share of the mean diagonal of the Gram matrix,
-            around the mean where there is a bias; ten times as much, as often as need be, where that is not positive
-            definite.
+        ridge (`float`, *optional*, defaults to 1.0): Strength, in tokens for each input: the old weight counts as much
+            as that many tokens whose inputs are independent, and as large as those of the data (around their mean
+            where there is a bias). Ten times as much, as often as need be, where the sum with the Gram matrix is not
+            positive definite.
 
     Returns:
         The new weight, (inputs, outputs), and the new bias, (outputs,), or `None` without an old one, in float64.
@@ -72,7 +73,8 @@ def ridge_solve(
     if not spread > 1e-6 * size:  # constant features: the old weight is as good as any
         new = old
     else:
-        eye, strength = torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge * spread
+        eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        strength = ridge * gram.trace() / equations.count
         factor, failed = torch.linalg.cholesky_ex(gram + strength * eye)
         while failed:  # the products of float32 features round a semi-definite matrix below zero
             strength = strength * 10

@@ -33,7 +33,7 @@ def reconstruct(
     calibrator: Calibrator,
     recover: Recovery = "lstsq",
     *,
-    ridge: float = 1e-4,
+    ridge: float = 1.0,
     dtype: torch.dtype = torch.float32,
     calls: list[dict[str, LayerCalls]] | None = None,
 ) -> None:
@@ -49,7 +49,7 @@ def reconstruct(
         recover (`"lstsq"`, `"lstsq_outputs"`, `"scale"` or `"bias"`, *optional*, defaults to `"lstsq"`):
             [`ridge_solve`] for all projections of the pruned blocks, or for those which write their outputs,
             [`scale_solve`] or [`compensate`].
-        ridge (`float`, *optional*, defaults to 1e-4): See [`ridge_solve`].
+        ridge (`float`, *optional*, defaults to 1.0): See [`ridge_solve`].
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the products of one batch; they are summed,
             and the equations solved, in float64.
         calls (`list`, *optional*): What [`Calibrator.collect`] recorded on this model; saves a pass.

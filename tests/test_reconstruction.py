@@ -46,6 +46,16 @@ def test_the_residual_is_orthogonal_to_the_features():
     assert (features.double().T @ residual).abs().max() < 1e-4 and residual.sum(0).abs().max() < 1e-4
 
 
+def test_the_old_weight_counts_as_tokens_do():
+    """A ridge of 2 is two tokens for each input, as large as those of the data, that the old weight fits."""
+    features, targets, old = torch.randn(60, 8), torch.randn(60, 5), torch.randn(8, 5)
+    size = features.square().mean().sqrt()
+    tokens = size * (2 * 8) ** 0.5 * torch.eye(8)  # their Gram matrix is that of 16 independent tokens of this size
+    both, wanted = torch.cat([features, tokens]), torch.cat([targets, tokens @ old])
+    new, _ = ridge_solve(equations(features, targets), old, None, ridge=2.0)
+    assert torch.allclose(new, torch.linalg.lstsq(both.double(), wanted.double()).solution, atol=1e-5)
+
+
 @pytest.mark.parametrize("bias", [None, torch.randn(5)])
 def test_nothing_changes_where_the_old_weight_fits(bias):
     features, weight = torch.randn(20, 8) @ torch.randn(8, 8), torch.randn(8, 5)
@@ -256,7 +266,7 @@ def test_what_a_block_reads_with_is_fitted_to_what_it_computes_in_the_dense_mode
     calibrator = Calibrator(model, data)
     base, dense = model.base_model, copy.deepcopy(model).base_model
     units, mask = without_the_second(model)
-    reconstruct(model, units, mask, calibrator, ridge=1e-9)
+    reconstruct(model, units, mask, calibrator, ridge=1e-7)
     hf_prune.apply_mask(model, mask)
     checked = 0
     for group in units.of_kind("heads", "neurons"):

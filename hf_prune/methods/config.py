@@ -145,8 +145,8 @@ class RecoverableConfig(PruningConfig):
             projections of the pruned blocks, or for their output projections alone, one factor per unit, the bias
             alone, which takes over the mean of what is pruned, or not at all. Where the model has projections without
             a bias (Llama), least squares takes the place of `"bias"`. See [`~hf_prune.reconstruct`].
-        ridge (`float`, *optional*, defaults to 1e-4): How firmly least squares holds on to the old weights, as a share
-            of the mean square of the inputs.
+        ridge (`float`, *optional*, defaults to 1.0): How firmly least squares holds on to the old weights: as much as
+            that many tokens for each input of a projection would, see [`ridge_solve`].
         precision (`"float32"` or `"float64"`, *optional*, defaults to `"float32"`): Of the products of one batch in
             the refits. They are summed, and the equations solved, in float64 in any case.
 
@@ -155,7 +155,7 @@ class RecoverableConfig(PruningConfig):
     """
 
     recover: Recover = "none"
-    ridge: float = 1e-4
+    ridge: float = 1.0
     precision: Literal["float32", "float64"] = "float32"
 
     def __post_init__(self) -> None:
