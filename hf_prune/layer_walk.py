@@ -145,8 +145,7 @@ class Walk:
             base model.
 
         Raises:
-            CalibrationError: Fewer real tokens than kept units, or the solution is NaN or infinite; the message names
-                the site.
+            CalibrationError: The solution is NaN or infinite; the message names the site.
         """
         refits: dict[str, Refit] = {}
         if self._recover == "lstsq" and self._differs and keep.any():  # else both read the same, or nothing does
@@ -165,18 +164,16 @@ class Walk:
             weight, bias = ridge_solve(equations, old, module.bias, self._ridge)
         if not weight.isfinite().all():
             raise CalibrationError(
-                f"The reconstruction of {group.name} is not finite: give more data, or set recover='none'."
+                f"The reconstruction of {group.name} is not finite: set precision='float64', or recover='none'."
             )
         OutputRefit(torch.arange(len(weight)), weight, bias).write(module)
         return refits | {group.name: OutputRefit(kept_columns(group, keep), weight, bias)}
 
     def _refit_readers(self, small: nn.Module, group: UnitGroup) -> dict[str, Refit]:
-        """Refit the projections that a block begins with, unless the tokens are too few for it."""
+        """Refit the projections that a block begins with."""
         refits: dict[str, Refit] = {}
         for names, encoder in _readers(small, group):
             equations = self._read_by_both(small, names[0], self._stacks[0] if encoder else self.stack)
-            if equations.count < len(equations.gram):
-                continue
             maps: dict[bool, InputRefit] = {}
             for name in names:
                 module = projection(small, name)
@@ -256,12 +253,6 @@ class Walk:
                 target = target - select_real(part, real, group.name).float()
             equations.update(select_real(seen, real, group.name), target)
         self.calibrator.reduce({group.name: equations})
-        kept = len(equations.gram) // group.width
-        if equations.count < kept:
-            raise CalibrationError(
-                f"{group.name} keeps {kept} units, the calibration data have {int(equations.count)} "
-                "real tokens: give more data to reconstruct it, or set recover='none'."
-            )
         return equations
 
     def _run_to(self, name: str, small: nn.Module, position: int) -> torch.Tensor:

@@ -55,7 +55,7 @@ def reconstruct(
         calls (`list`, *optional*): What [`Calibrator.collect`] recorded on this model; saves a pass.
 
     Raises:
-        CalibrationError: Fewer real tokens than kept units, or NaN or Inf; the message names the layer.
+        CalibrationError: A solution is NaN or infinite; the message names the layer.
         ConfigError: With `"bias"`, a projection has no bias.
     """
     if recover == "bias":

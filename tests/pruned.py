@@ -1,6 +1,7 @@
 """Tiny models pruned unevenly, a report with figures of every kind, and how models are compared."""
 
 import copy
+import itertools
 from dataclasses import asdict
 
 import torch
@@ -8,6 +9,7 @@ from tiny import tiny_model
 
 from hf_prune import PruningMask, prunable_units, shrink
 from hf_prune.benchmark import Measurement
+from hf_prune.least_squares import ridge_solve
 from hf_prune.timing import Latency
 
 # What shrinks and loads differently: separate, fused, interleaved and shared projections, one and two stacks
@@ -50,6 +52,17 @@ def rebuilt(config, cls, device="meta"):
     """A model of a class made from a config alone, without memory for its weights."""
     with torch.device(device):
         return cls(copy.deepcopy(config))
+
+
+def fail_at(monkeypatch, refit):
+    """Let the solve of this refit, counted from 1, find NaN."""
+    count = itertools.count(1)
+
+    def solve(equations, weight, bias, ridge):
+        new, bias = ridge_solve(equations, weight, bias, ridge)
+        return new * (float("nan") if next(count) == refit else 1), bias
+
+    monkeypatch.setattr("hf_prune.layer_walk.ridge_solve", solve)
 
 
 def weights(model):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as T
+from pruned import fail_at
 from tiny import tiny_batch, tiny_model
 
 import hf_prune
@@ -255,12 +256,13 @@ def test_a_head_that_is_not_understood_is_an_error_and_changes_nothing():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_too_few_tokens_are_an_error_and_change_nothing():
-    model = tiny_model("bert", intermediate_size=64)
+def test_a_failure_on_the_way_changes_nothing(monkeypatch):
+    model = tiny_model("bert")
     before = copy.deepcopy(model.state_dict())
     layers = list(model.base_model.encoder.layer)
-    with pytest.raises(CalibrationError, match="real tokens"):
-        hf_prune.prune(model, KPruneConfig(budget={"macs": 0.7}), [tiny_batch("bert", size=2)])
+    fail_at(monkeypatch, 3)
+    with pytest.raises(CalibrationError, match="encoder.layer.2.output.dense is not finite"):
+        hf_prune.prune(model, KPruneConfig(budget={"macs": 0.6}), [tiny_batch("bert", size=8)])
     assert list(model.base_model.encoder.layer) == layers and "forward" not in vars(layers[0])
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
